@@ -1,0 +1,32 @@
+# `make demo` and `make test` install everything they need into .venv, and run.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check test-slow clean
+
+demo: $(READY)
+	$(BIN)/carv-attrib demo --output demo-out
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check
+	$(BIN)/pytest --cov --cov-report=term-missing:skip-covered
+
+test-slow: $(READY)
+	$(BIN)/pytest -m "slow or not slow"
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) demo-out build *.egg-info

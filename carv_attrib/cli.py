@@ -1,0 +1,221 @@
+"""The command line: each command calls the API function of the same name, and prints."""
+
+from __future__ import annotations
+
+import inspect as introspection
+import json
+import re
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import click
+
+from carv_attrib.config import COMPONENTS, read_config_file
+from carv_attrib.errors import CarvError
+from carv_attrib.kernel import DEFAULT_DAMPING, KernelKind, ScoreKind
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+INDEX = click.argument("index", type=click.Path(path_type=Path))
+
+
+class CarvGroup(click.Group):
+    """A group whose commands print a `CarvError` as one line, and keep the traceback of anything else."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except CarvError as err:
+            raise _OneLine(err) from err
+
+
+class _OneLine(click.ClickException):
+    """A `CarvError` as click prints it, with its exit code."""
+
+    def __init__(self, err: CarvError) -> None:
+        super().__init__(str(err))
+        self.exit_code = err.exit_code  # type: ignore[misc]
+
+
+def setting_options(command: Command) -> Command:
+    """Add a flag for every setting of `FeaturizeConfig`, with its type, default and description from there."""
+    for kind in reversed(COMPONENTS.values()):
+        hints, texts = get_type_hints(kind), _attribute_texts(kind)
+        for setting in reversed(fields(kind)):
+            command = _setting_option(setting.name, hints[setting.name], setting.default, texts[setting.name])(command)
+    return command
+
+
+def _setting_option(name: str, hint: Any, default: Any, text: str) -> Callable[[Command], Command]:
+    flag = f"--{name.replace('_', '-')}"
+    if hint is bool:
+        return click.option(flag, is_flag=True, default=None, help=text)
+    shown = f"{text} [default: {default}]" if default not in (None, ()) else text
+    choices = [choice for choice in get_args(hint) if isinstance(choice, str)]
+    if choices:
+        return click.option(flag, type=click.Choice(choices), default=None, help=shown)
+    if default == ():
+        return click.option(flag, multiple=True, default=None, help=shown + " Can be given several times.")
+    return click.option(flag, type=int if int in (hint, *get_args(hint)) else str, default=None, help=shown)
+
+
+def _attribute_texts(kind: type) -> dict[str, str]:
+    """Return the descriptions in the `Attributes:` section of a docstring."""
+    section = (introspection.getdoc(kind) or "").split("Attributes:\n")[1]
+    entries = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", section, re.MULTILINE | re.DOTALL)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+def score_options(command: Command) -> Command:
+    """Add the flags that choose a score."""
+    for option in (
+        click.option("--damping", type=float, help=f"Relative to the mean eigenvalue. [default: {DEFAULT_DAMPING}]"),
+        click.option("--kernel", type=click.Choice(get_args(KernelKind)), help="[default: draws]"),
+        click.option("--score", type=click.Choice(get_args(ScoreKind)), help="[default: preconditioned]"),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(cls=CarvGroup)
+@click.version_option(package_name="carv-attrib")
+def main() -> None:
+    """Which training examples made a diffusion model produce this image, and how sure are we?"""
+
+
+@main.command()
+@click.option("--teacher", help="Folder of a diffusers pipeline, a hub id, or `demo`.")
+@click.option("--dataset", help="Folder, .parquet file, hub id, or `digits`.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder of the index.")
+@click.option("--config", type=click.Path(path_type=Path), help="YAML file with the same keys as the flags.")
+@setting_options
+def featurize(config: Path | None, **flags: Any) -> None:
+    """Compute the features of every example of DATASET, and index them. Run it again to go on after a stop."""
+    from carv_attrib.pipeline import featurize as run
+
+    settings = read_config_file(config) if config else {}
+    settings |= {name: value for name, value in flags.items() if value not in (None, ())}
+    if missing := [name for name in ("teacher", "dataset", "output") if name not in settings]:
+        raise click.UsageError(f"missing --{missing[0]}; give it as a flag or in --config.")
+    _quiet_libraries()
+    store = run(settings.pop("teacher"), settings.pop("dataset"), settings.pop("output"), **settings)
+    skipped = store.num_skipped()
+    click.echo(f"{len(store.ids)} examples in {store.path}" + (f", {skipped} skipped" if skipped else ""))
+
+
+@main.command()
+@INDEX
+@score_options
+def index(index: Path, **choices: Any) -> None:
+    """Fit the kernel of INDEX and build its search index, for one score."""
+    from carv_attrib.pipeline import build_index
+    from carv_attrib.store import FeatureStore
+
+    store = FeatureStore.open(index)
+    with store.writing():
+        build_index(store, **{name: value for name, value in choices.items() if value is not None})
+    click.echo(f"{len(store.ids)} examples indexed in {index}")
+
+
+@main.command()
+@INDEX
+@click.option("--image", type=click.Path(path_type=Path), required=True, help="The picture to explain.")
+@click.option("--prompt", help="What a text-conditional teacher made it from.")
+@click.option("--label", type=int, help="The class that a class-conditional teacher made it for.")
+@click.option("--top-k", type=int, default=10, show_default=True)
+@click.option("--opponents", is_flag=True, help="Also show the examples with the smallest scores.")
+@score_options
+@click.option("--teacher", help="Where the teacher lies now, if it was moved.")
+@click.option("--device", default="auto", show_default=True)
+@click.option("--report", type=click.Path(path_type=Path), help="Write a web page in one file.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
+def query(
+    index: Path, teacher: str | None, device: str, report: Path | None, as_json: bool, as_csv: bool, **question: Any
+) -> None:
+    """Show the training examples of INDEX that made the model produce an image."""
+    from carv_attrib.attributor import Attributor
+
+    if as_json and as_csv:
+        raise click.UsageError("--json and --csv exclude each other; give one of them.")
+    _quiet_libraries()
+    result = Attributor.open(index, teacher=teacher, device=device).query(question.pop("image"), **question)
+    if report:
+        result.save_report(report)
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), indent=1))
+    elif as_csv:
+        click.echo(result.to_csv(), nl=False)
+    else:
+        _print_result(result)
+        if report:
+            click.echo(f"report: {report}")
+
+
+@main.command()
+@INDEX
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(index: Path, as_json: bool) -> None:
+    """Describe INDEX: what it was made from and how, its size and its spectrum."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from carv_attrib.inspection import inspect as describe
+
+    facts = describe(index)
+    if as_json:
+        click.echo(json.dumps(facts, indent=1))
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        table.add_row(name, str(value), style=None)
+    Console().print(table, markup=False)
+
+
+@main.command()
+@INDEX
+def verify(index: Path) -> None:
+    """Check every file of INDEX; exit code 1 and one line for each problem."""
+    from carv_attrib.inspection import verify as find_problems
+
+    problems = find_problems(index)
+    for problem in problems:
+        click.echo(problem, err=True)
+    if problems:
+        raise click.exceptions.Exit(1)
+    click.echo(f"{index}: no problems found")
+
+
+@main.command()
+@click.option("--output", type=click.Path(path_type=Path), default=Path("demo-out"), show_default=True)
+def demo(output: Path) -> None:
+    """Featurize the digits with the packaged teacher, generate some, and ask where they come from."""
+    from carv_attrib.demo import run_demo
+
+    _quiet_libraries()
+    results, report = run_demo(output)
+    for result in results:
+        _print_result(result)
+    click.echo(f"report: {report}")
+
+
+def _print_result(result: Any) -> None:
+    from rich.console import Console
+
+    from carv_attrib.report import result_table
+
+    Console().print(result_table(result))
+
+
+def _quiet_libraries() -> None:
+    """Turn off the progress bars and hints of diffusers, transformers and datasets."""
+    import datasets
+    import diffusers
+    import transformers
+
+    datasets.disable_progress_bars()
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()

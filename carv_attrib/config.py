@@ -1,0 +1,249 @@
+"""Settings of a featurize run: frozen dataclasses that check themselves, with flags, YAML and manifest as views."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from carv_attrib.errors import ArgumentError
+from carv_attrib.sampling import Scheme
+
+ProposalKind = Literal["uniform", "weight", "pilot"]
+Weighting = Literal["balanced", "uniform"]
+NoiseSharing = Literal["shared", "independent"]
+Objective = Literal["loss", "squared-norm", "mean"]
+ProjectionKind = Literal["kronecker", "rademacher", "normal", "trak-basic", "trak-cuda"]
+FeatureDtype = Literal["float16", "float32"]
+TeacherDtype = Literal["float32", "bfloat16", "float16", "float64"]
+
+
+def check_choice(name: str, value: str, allowed: object) -> None:
+    """Check that `value` is one of the values of the Literal type `allowed`.
+
+    Raises:
+        ArgumentError: if it is not; the message lists them.
+    """
+    if value not in get_args(allowed):
+        raise ArgumentError(f"`{name}` must be one of {', '.join(get_args(allowed))}, got {value!r}.")
+
+
+def check_at_least(name: str, value: int, least: int) -> None:
+    """Check that `value` is a whole number of at least `least`.
+
+    Raises:
+        ArgumentError: if it is not.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ArgumentError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+
+
+@dataclass(frozen=True)
+class EstimatorConfig:
+    """Which gradient is estimated, and with which draws (`docs/method.md`, eq. (1) to (5)).
+
+    Attributes:
+        num_draws: K, (timestep, noise) draws for each example.
+        num_bands: B, groups of adjacent draws whose means are kept apart; divides `num_draws`.
+        scheme: how the K draws depend on one another.
+        proposal: q(t), the distribution that timesteps are drawn from.
+        noise: the same draws for every example and query, or their own for each.
+        weighting: omega(t), part of what is attributed; balanced = 1 / rms gradient norm at t.
+        objective: what is differentiated.
+        kernel_examples: about how many examples keep every draw, for the kernel over draws.
+        seed: of draws, projection and pilot.
+    """
+
+    num_draws: int = 8
+    num_bands: int = 4
+    scheme: Scheme = "stratified"
+    proposal: ProposalKind = "uniform"
+    noise: NoiseSharing = "shared"
+    weighting: Weighting = "balanced"
+    objective: Objective = "loss"
+    kernel_examples: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least("num_draws", self.num_draws, 1)
+        check_at_least("num_bands", self.num_bands, 1)
+        check_at_least("kernel_examples", self.kernel_examples, 1)
+        check_at_least("seed", self.seed, 0)
+        check_choice("scheme", self.scheme, Scheme)
+        check_choice("proposal", self.proposal, ProposalKind)
+        check_choice("weighting", self.weighting, Weighting)
+        check_choice("noise", self.noise, NoiseSharing)
+        check_choice("objective", self.objective, Objective)
+        if self.num_draws % self.num_bands:
+            raise ArgumentError(
+                f"`num_bands` must divide `num_draws` (={self.num_draws}), got {self.num_bands}; "
+                f"use {max(b for b in range(1, self.num_bands) if self.num_draws % b == 0)}."
+            )
+        if self.scheme == "antithetic" and self.num_draws // self.num_bands % 2:
+            raise ArgumentError(
+                "`num_bands` must leave an even number of draws in each band for `scheme` antithetic, got "
+                f"{self.num_bands} bands of {self.num_draws // self.num_bands}; use fewer bands or more draws."
+            )
+
+    @property
+    def num_replicates(self) -> int:
+        """Halves of a band that are kept apart for standard errors: 2 where its draws (pairs) split evenly, else 1."""
+        independent = self.num_draws // self.num_bands // (2 if self.scheme == "antithetic" else 1)
+        return 2 if independent % 2 == 0 else 1
+
+
+@dataclass(frozen=True)
+class ProjectionConfig:
+    """How gradients become features (`docs/method.md`, eq. (7) and (8)).
+
+    Attributes:
+        projection: kind of random projection.
+        proj_dim: dimensions of one feature.
+        rank: Kronecker rank on each side of a layer.
+        layers: name patterns (`fnmatch`) of the attributed layers; empty means every Linear and Conv2d.
+    """
+
+    projection: ProjectionKind = "kronecker"
+    proj_dim: int = 512
+    rank: int = 8
+    layers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_choice("projection", self.projection, ProjectionKind)
+        check_at_least("proj_dim", self.proj_dim, 1)
+        check_at_least("rank", self.rank, 1)
+        if isinstance(self.layers, str) or not all(isinstance(pattern, str) for pattern in self.layers):
+            raise ArgumentError(f"`layers` must be a list of name patterns, got {self.layers!r}; write ['*attn*'].")
+        object.__setattr__(self, "layers", tuple(self.layers))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where examples are in a dataset.
+
+    Attributes:
+        split: of a dataset that has several.
+        image_column: column of pictures; None: found by type and name.
+        label_column: column of class labels; None: found by type and name.
+        caption_column: column of texts; None: found by type and name.
+        id_column: column of whole numbers that name the examples; None: the row number.
+    """
+
+    split: str = "train"
+    image_column: str | None = None
+    label_column: str | None = None
+    caption_column: str | None = None
+    id_column: str | None = None
+
+
+@dataclass(frozen=True)
+class StorageConfig:
+    """How features are kept.
+
+    Attributes:
+        part_size: examples in one part, the unit that is committed at once and lost by a kill.
+        feature_dtype: of stored features; float16 has a float32 scale for each vector.
+        dtype: of the teacher's weights and activations.
+    """
+
+    part_size: int = 128
+    feature_dtype: FeatureDtype = "float16"
+    dtype: TeacherDtype = "float32"
+
+    def __post_init__(self) -> None:
+        check_at_least("part_size", self.part_size, 1)
+        check_choice("feature_dtype", self.feature_dtype, FeatureDtype)
+        check_choice("dtype", self.dtype, TeacherDtype)
+
+
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """What changes speed and memory but not what is estimated, and may change between resumes.
+
+    Attributes:
+        batch_size: examples that are read and held at once.
+        micro_batch: rows of every network call, always full; None: chosen from the size of the latents.
+        device: auto, cpu, cuda, cuda:1, mps.
+        skip_bad: record unreadable images and go on, instead of stopping.
+    """
+
+    batch_size: int = 32
+    micro_batch: int | None = None
+    device: str = "auto"
+    skip_bad: bool = False
+
+    def __post_init__(self) -> None:
+        check_at_least("batch_size", self.batch_size, 1)
+        if self.micro_batch is not None:
+            check_at_least("micro_batch", self.micro_batch, 1)
+
+
+@dataclass(frozen=True)
+class FeaturizeConfig:
+    """Every setting of `featurize`, by component."""
+
+    estimator: EstimatorConfig
+    projection: ProjectionConfig
+    data: DataConfig
+    storage: StorageConfig
+    execution: ExecutionConfig
+
+    @staticmethod
+    def from_flat(settings: Mapping[str, Any]) -> FeaturizeConfig:
+        """Return the config with the given settings, named as the flags are, in place of the defaults.
+
+        Raises:
+            ArgumentError: for an unknown key, with the known ones, or a bad value.
+        """
+        known = setting_names()
+        if unknown := sorted(set(settings) - set(known)):
+            raise ArgumentError(
+                f"unknown setting {', '.join(map(repr, unknown))}; known are {', '.join(sorted(known))}."
+            )
+        parts = {
+            name: kind(**{key: settings[key] for key in kind.__dataclass_fields__ if key in settings})
+            for name, kind in COMPONENTS.items()
+        }
+        return FeaturizeConfig(**parts)
+
+    def identity(self) -> dict[str, Any]:
+        """Return, flat and JSON-ready, the settings that decide what an index holds: all but the execution."""
+        flat = {
+            k: v for part in (self.estimator, self.projection, self.data, self.storage) for k, v in asdict(part).items()
+        }
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in flat.items()}
+
+
+COMPONENTS: dict[str, Any] = {
+    "estimator": EstimatorConfig,
+    "projection": ProjectionConfig,
+    "data": DataConfig,
+    "storage": StorageConfig,
+    "execution": ExecutionConfig,
+}
+"""The dataclasses behind the attributes of `FeaturizeConfig`."""
+
+
+def setting_names() -> list[str]:
+    """Return the names of all settings: the keyword names of `featurize` and the keys of a config file."""
+    return [field.name for kind in COMPONENTS.values() for field in fields(kind)]
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """Return the settings in a YAML file, dashes in keys taken as underscores.
+
+    Raises:
+        ArgumentError: if the file is missing, is not YAML, or does not hold a mapping.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except OSError as err:
+        raise ArgumentError(f"`config` cannot be read: {path}: {err.strerror}.") from err
+    except (yaml.YAMLError, UnicodeDecodeError) as err:
+        raise ArgumentError(f"`config` is not YAML: {path}: {' '.join(str(err).split())}") from err
+    if not isinstance(content, dict):
+        raise ArgumentError(f"`config` must hold `key: value` lines, got {type(content).__name__} in {path}.")
+    return {str(key).replace("-", "_"): value for key, value in content.items()}

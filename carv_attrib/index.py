@@ -1,0 +1,163 @@
+"""The FAISS index of whitened features: the only module that imports faiss.
+
+An example is stored as `(Lambda + lambda_0 I)^{-1/2} U^T g_ib / sqrt(B)`, its bands one after the other, so that the
+inner product with a query treated alike is the score of eq. (9). Another lambda, or none, changes the query's vector
+only; a cosine needs an index of its own, of vectors of length one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Float64, Int64
+from torch import Tensor
+
+from carv_attrib.errors import StoreCorruptError, StoreError
+from carv_attrib.kernel import Kernel, KernelKind, ScoreKind
+from carv_attrib.store import FeatureStore, atomic_file
+
+
+@dataclass(frozen=True)
+class IndexSettings:
+    """What an index was built for.
+
+    Attributes:
+        score: the score whose inner products it holds.
+        kernel: the kernel's kind.
+        damping: lambda_0, relative to the mean eigenvalue.
+        ids_sha256: of the ids of its examples, in the order of the store.
+    """
+
+    score: ScoreKind
+    kernel: KernelKind
+    damping: float
+    ids_sha256: str
+
+    def serves(self, score: ScoreKind, kernel: KernelKind, damping: float) -> bool:
+        """Return whether an index built so can be searched for this score."""
+        if "cosine" in (self.score + score):
+            return (self.score, self.kernel, self.damping) == (score, kernel, damping)
+        return self.kernel == kernel
+
+
+class FeatureIndex:
+    """Whitened features in a FAISS inner-product index; positions are those of `FeatureStore.ids`."""
+
+    def __init__(self, settings: IndexSettings, kernel: Kernel, faiss_index: Any) -> None:
+        self.settings = settings
+        self._kernel = kernel
+        self._faiss = faiss_index
+        self._sqrt_inverse = kernel.inverse(settings.score, settings.damping).sqrt()
+
+    @staticmethod
+    def build(store: FeatureStore, kernel: Kernel, *, score: ScoreKind, damping: float) -> FeatureIndex:
+        """Return the index of all features of a store for one score.
+
+        Raises:
+            ArgumentError: for damping that is not positive.
+        """
+        import faiss
+
+        settings = IndexSettings(score, kernel.kind, damping, ids_digest(store))
+        bands = store.manifest["config"]["num_bands"] if kernel.kind == "draws" else 1
+        index = FeatureIndex(settings, kernel, faiss.IndexFlatIP(bands * len(kernel.eigenvalues)))
+        for part in store.parts:
+            index._faiss.add(index._whiten(kernel.banded(store.read_part(part).features)))
+        return index
+
+    def search(
+        self,
+        query: Float64[Tensor, "queries bands replicates d"],
+        *,
+        score: ScoreKind,
+        damping: float,
+        top_k: int,
+    ) -> Int64[np.ndarray, "queries top_k"]:
+        """Return the positions of the examples with the largest scores, largest first.
+
+        Args:
+            query: features in the kernel's eigenbasis; negated for the smallest scores.
+            score: one that `settings.serves`.
+            damping: lambda of the score, which may differ from the index's.
+            top_k: how many; at most the number of examples.
+        """
+        inverse = self._kernel.inverse(score, damping)
+        vectors = query.mean(2) * inverse / self._sqrt_inverse / query.shape[1] ** 0.5
+        positions: np.ndarray = self._faiss.search(vectors.flatten(1).float().numpy(), min(top_k, self._faiss.ntotal))[
+            1
+        ]
+        return positions
+
+    def save(self, folder: Path) -> None:
+        """Write `index.faiss` and then `index.json`, with its checksum, to the folder of a store."""
+        import faiss
+
+        with atomic_file(folder / "index.faiss") as temporary:
+            faiss.write_index(self._faiss, str(temporary))
+        settings = asdict(self.settings) | {"sha256": _file_digest(folder / "index.faiss")}
+        with atomic_file(folder / "index.json") as temporary:
+            temporary.write_text(json.dumps(settings, indent=1) + "\n")
+
+    @staticmethod
+    def load(store: FeatureStore, kernel: Kernel) -> FeatureIndex:
+        """Return the index in a store's folder; its checksum is compared before FAISS reads it.
+
+        Raises:
+            StoreError: if there is none, or it is not of this store.
+            StoreCorruptError: if it is damaged.
+        """
+        settings = read_index_settings(store)
+        path = store.path / "index.faiss"
+        import faiss
+
+        faiss_index = faiss.read_index(str(path))
+        return FeatureIndex(settings, kernel, faiss_index)
+
+    def _whiten(self, features: Float64[Tensor, "train bands replicates d"]) -> Float32[np.ndarray, "train dims"]:
+        vectors = (features.mean(2) * self._sqrt_inverse).flatten(1)
+        if self.settings.score.endswith("cosine"):
+            vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1e-300)
+        else:
+            vectors = vectors / features.shape[1] ** 0.5
+        whitened: np.ndarray = vectors.float().numpy()
+        return whitened
+
+
+def read_index_settings(store: FeatureStore) -> IndexSettings:
+    """Return what the index in a store's folder was built for, after checking that it is whole and of this store.
+
+    Raises:
+        StoreError: if there is none, or it is of other examples.
+        StoreCorruptError: if it is damaged.
+    """
+    path = store.path / "index.json"
+    if not path.is_file():
+        raise StoreError(f"{store.path} has no index yet; run `carv-attrib index {store.path}`.")
+    try:
+        content = json.loads(path.read_text())
+        expected = content.pop("sha256")
+        settings = IndexSettings(**content)
+        if _file_digest(store.path / "index.faiss") != expected:
+            raise StoreCorruptError(
+                f"{store.path / 'index.faiss'} is damaged: its checksum does not match; index again."
+            )
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise StoreCorruptError(f"{path} is damaged: {err}; run `carv-attrib index {store.path}`.") from err
+    if settings.ids_sha256 != ids_digest(store):
+        raise StoreError(f"the index in {store.path} is of other examples; run `carv-attrib index {store.path}`.")
+    return settings
+
+
+def ids_digest(store: FeatureStore) -> str:
+    """Return the hex SHA-256 of the ids of a store, in its order."""
+    return hashlib.sha256(store.ids.astype("<i8").tobytes()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

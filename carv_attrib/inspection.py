@@ -1,0 +1,63 @@
+"""What an index is, and whether it is whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from carv_attrib.errors import CarvError
+from carv_attrib.index import read_index_settings
+from carv_attrib.kernel import load_kernel
+from carv_attrib.store import FeatureStore
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """Return facts about an index: its making, its size in bytes, and the spectrum of its kernel.
+
+    Raises:
+        StoreError: if there is none.
+        StoreCorruptError: if a file is damaged.
+    """
+    store = FeatureStore.open(path)
+    manifest = store.manifest
+    facts = {
+        "path": str(path),
+        "examples": len(store.ids),
+        "skipped": store.num_skipped(),
+        "parts": f"{len(store.parts)} of {store.num_parts}",
+        "bytes": sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file()),
+        "teacher": manifest["teacher"]["source"],
+        "dataset": manifest["dataset"]["source"],
+        "layers": len(manifest["layers"]),
+        "feature_shape": "{num_bands} bands x {num_replicates} halves x {proj_dim}".format(
+            **manifest["config"] | manifest
+        ),
+        **manifest["config"],
+        "micro_batch": manifest["micro_batch"],
+        "versions": manifest["versions"],
+    }
+    if (store.path / "kernel.safetensors").is_file():
+        kernel = load_kernel(store.path / "kernel.safetensors")
+        values = kernel.eigenvalues.flip(0)
+        facts["kernel"] = f"{kernel.kind}, mean of {kernel.num_vectors} vectors"
+        facts["effective_rank"] = round(float(values.sum() ** 2 / values.square().sum()), 1)
+        facts["eigenvalues"] = {
+            f"{share:.0%}": float(f"{values[int(share * (len(values) - 1))]:.3g}") for share in (0, 0.01, 0.1, 0.5, 1)
+        }
+    return facts
+
+
+def verify(path: str | Path) -> list[str]:
+    """Return one line for everything that is wrong with an index; none if it is whole.
+
+    Raises:
+        StoreError: if there is no index at all.
+    """
+    store = FeatureStore.open(path)
+    problems = store.verify()
+    for check in (lambda: load_kernel(store.path / "kernel.safetensors"), lambda: read_index_settings(store)):
+        try:
+            check()
+        except CarvError as err:
+            problems.append(str(err))
+    return problems

@@ -1,0 +1,114 @@
+"""From settings to a store with a manifest, and from a manifest back to the estimator it was made with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from carv_attrib.batches import encode_batch, read_batch
+from carv_attrib.config import FeaturizeConfig
+from carv_attrib.data import RESIZE_RULE, ExampleDataset
+from carv_attrib.errors import DataError, StoreMismatchError
+from carv_attrib.estimator import PILOT_EXAMPLES, Estimator, GradientProfile, build_estimator, measure_profile
+from carv_attrib.seeding import random_bits, stream_key
+from carv_attrib.store import FeatureStore
+from carv_attrib.teacher import Teacher
+
+
+def open_or_create(
+    teacher: Teacher, examples: ExampleDataset, output: str | Path, config: FeaturizeConfig
+) -> tuple[FeatureStore, Estimator]:
+    """Return the store at `output` and its estimator: as begun earlier with the same settings, or new.
+
+    Raises:
+        StoreMismatchError: if it was begun with other settings, a teacher or a dataset other than these.
+        StoreError: if the folder cannot be written, or holds something else.
+    """
+    identity = {
+        "config": config.identity(),
+        "teacher": {"fingerprint": teacher.fingerprint},
+        "dataset": {"fingerprint": examples.fingerprint, "num_examples": len(examples)},
+    }
+    if (Path(output) / "manifest.json").is_file():
+        store = FeatureStore.open(output)
+        store.check_matches(identity)
+        return store, restore_estimator(teacher, store.manifest, config.execution.micro_batch)
+    micro_batch = config.execution.micro_batch or default_micro_batch(teacher)
+    profile = run_pilot(teacher, examples, config, micro_batch) if needs_pilot(config) else None
+    estimator = build_estimator(teacher, config, micro_batch, profile)
+    manifest = {
+        **identity,
+        "teacher": {**identity["teacher"], "source": teacher.source, "condition": teacher.condition_kind},
+        "dataset": {
+            **identity["dataset"],
+            "source": examples.source,
+            "columns": examples.columns,
+            "label_names": examples.label_names,
+            "resize_rule": RESIZE_RULE,
+            "pixels": asdict(teacher.pixel_spec),
+        },
+        "pilot": asdict(profile) if profile else None,
+        "micro_batch": micro_batch,
+        "layers": [layer.name for layer in estimator.layers],
+        "proj_dim": estimator.projector.proj_dim,
+        "num_replicates": config.estimator.num_replicates,
+        "draws_sha256": estimator.draws_fingerprint(),
+        "versions": {name: version(name) for name in ("carv-attrib", "torch", "diffusers", "numpy")},
+    }
+    return FeatureStore.create(output, manifest), estimator
+
+
+def restore_estimator(teacher: Teacher, manifest: Mapping[str, Any], micro_batch: int | None = None) -> Estimator:
+    """Return the estimator that a store was made with.
+
+    Raises:
+        StoreMismatchError: for another teacher, or where the random streams have changed.
+    """
+    if manifest["teacher"]["fingerprint"] != teacher.fingerprint:
+        raise StoreMismatchError(
+            f"the index was made by another teacher ({manifest['teacher']['source']}), not by {teacher.source}; "
+            "their fingerprints differ. Use the first, or featurize again."
+        )
+    stored = manifest["pilot"]
+    profile = GradientProfile(tuple(stored["timesteps"]), tuple(stored["rms_norms"])) if stored else None
+    config = FeaturizeConfig.from_flat(manifest["config"])
+    estimator = build_estimator(teacher, config, micro_batch or manifest["micro_batch"], profile)
+    if estimator.draws_fingerprint() != manifest["draws_sha256"]:
+        raise StoreMismatchError(
+            f"random draws differ from those of the index: it was made with numpy {manifest['versions']['numpy']}, "
+            f"this is {version('numpy')}; install that version, or featurize again."
+        )
+    return estimator
+
+
+def needs_pilot(config: FeaturizeConfig) -> bool:
+    """Return whether the weighting or the proposal rests on measured gradient norms."""
+    return config.estimator.weighting == "balanced" or config.estimator.proposal == "pilot"
+
+
+def run_pilot(teacher: Teacher, examples: ExampleDataset, config: FeaturizeConfig, micro_batch: int) -> GradientProfile:
+    """Measure gradient norms over timesteps on a few dozen examples, chosen by a hash of their ids.
+
+    Raises:
+        DataError: if none of them can be read.
+    """
+    hashed = random_bits(stream_key(config.estimator.seed, "pilot"), torch.from_numpy(examples.ids))
+    rows = hashed.argsort()[:PILOT_EXAMPLES].tolist()
+    batch = read_batch(examples, rows, teacher, skip_bad=config.execution.skip_bad)
+    if not len(batch.ids):
+        raise DataError(
+            f"none of {len(rows)} pilot examples of {examples.source} could be read: {batch.records[0].error}"
+        )
+    estimator = build_estimator(teacher, config, micro_batch, profile=None)
+    return measure_profile(estimator, encode_batch(estimator, batch), batch.keys)
+
+
+def default_micro_batch(teacher: Teacher) -> int:
+    """Return rows for a network call: 64 for latents up to 16 x 16, fewer in proportion to their area, at least one."""
+    _, height, width = teacher.latent_shape
+    return max(1, min(64, 64 * 256 // (height * width)))

@@ -1,0 +1,106 @@
+"""The main path, from a dataset to a searchable index: read it top to bottom.
+
+image -> encode once -> many cheap (timestep, noise) draws -> per-example gradient -> project -> store -> index
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from carv_attrib.batches import check_columns, encode_batch, read_batch
+from carv_attrib.config import FeaturizeConfig
+from carv_attrib.data import ExampleDataset, open_dataset
+from carv_attrib.estimator import Estimator, average_bands, check_finite
+from carv_attrib.index import FeatureIndex
+from carv_attrib.kernel import DEFAULT_DAMPING, KernelKind, ScoreKind, fit_kernel
+from carv_attrib.manifest import open_or_create
+from carv_attrib.progress import progress
+from carv_attrib.store import FeatureStore, PartFeatures, Record, concatenate, feeds_kernel
+from carv_attrib.teacher import Teacher, placement
+from carv_attrib.teachers import load_teacher
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def featurize(
+    teacher: Teacher | str | Path, dataset: str | Path | datasets.Dataset, output: str | Path, **settings: Any
+) -> FeatureStore:
+    """Compute the features of every example, and index them; goes on where an earlier run was stopped.
+
+    Args:
+        teacher: a loaded teacher, a folder or a hub id.
+        dataset: a folder, parquet file, hub id, `digits`, or a `datasets.Dataset`.
+        output: folder of the index.
+        **settings: named as the flags are; `FeaturizeConfig` has all of them and their defaults.
+
+    Raises:
+        ArgumentError: for an unknown setting or a bad value.
+        DataError: if the dataset cannot be read, or lacks what the teacher needs.
+        BadImageError: for an unreadable image, unless `skip_bad`.
+        StoreMismatchError: if `output` was made with other settings.
+        NonFiniteGradientError: for a gradient with NaN or infinity, naming the example.
+    """
+    if not isinstance(teacher, str | Path):
+        settings["dtype"] = str(placement(teacher)[1]).removeprefix("torch.")
+    config = FeaturizeConfig.from_flat(settings)
+    if isinstance(teacher, str | Path):
+        teacher = load_teacher(teacher, device=config.execution.device, dtype=config.storage.dtype)
+    examples = open_dataset(dataset, **asdict(config.data))
+    check_columns(teacher, examples)
+    store, estimator = open_or_create(teacher, examples, output, config)
+    done = len(examples) - sum(len(store.part_rows(part)) for part in store.missing_parts())
+    with store.writing():
+        with progress("featurize", len(examples), done) as advance:
+            for part in store.missing_parts():
+                features, records = featurize_rows(estimator, examples, store.part_rows(part), config, advance)
+                store.write_part(part, features, records)
+        build_index(store)
+    return store
+
+
+def featurize_rows(
+    estimator: Estimator, examples: ExampleDataset, rows: range, config: FeaturizeConfig, advance: Callable[[int], None]
+) -> tuple[PartFeatures | None, list[Record]]:
+    """Return the features and the records of some rows of a dataset."""
+    pieces, records = [], []
+    for start in range(0, len(rows), config.execution.batch_size):
+        batch = read_batch(
+            examples,
+            rows[start : start + config.execution.batch_size],
+            estimator.teacher,
+            skip_bad=config.execution.skip_bad,
+        )
+        if len(batch.ids):
+            encoded = encode_batch(estimator, batch)  # dear: once for each example
+            draws = estimator.features(encoded, batch.ids)  # cheap, many: (batch, draws, proj_dim)
+            check_finite(draws, batch.keys)
+            bands = average_bands(draws, config.estimator)  # (batch, bands, replicates, proj_dim)
+            keep = feeds_kernel(batch.ids, config.estimator.kernel_examples / len(examples), config.estimator.seed)
+            pieces.append(PartFeatures(batch.ids, bands, batch.ids[keep], draws[keep]))
+        records += batch.records
+        advance(len(batch.records))
+    return concatenate(pieces), records
+
+
+def build_index(
+    store: FeatureStore,
+    *,
+    score: ScoreKind = "preconditioned",
+    kernel: KernelKind = "draws",
+    damping: float = DEFAULT_DAMPING,
+) -> FeatureIndex:
+    """Fit the kernel of a store, build its FAISS index for one score, and write both.
+
+    Raises:
+        ArgumentError: for an unknown score or kernel, or damping that is not positive.
+        StoreError: if the store holds no features.
+    """
+    fitted = fit_kernel(store, kernel)
+    index = FeatureIndex.build(store, fitted, score=score, damping=damping)
+    fitted.save(store.path / "kernel.safetensors")
+    index.save(store.path)
+    return index

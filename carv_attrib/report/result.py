@@ -1,0 +1,159 @@
+"""The answer to one query: its best matches with error bars, what was asked and what it cost."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from carv_attrib.errors import CarvError
+
+if TYPE_CHECKING:
+    import pandas
+
+_COLUMNS = ("rank", "role", "id", "key", "score", "standard_error", "label", "caption")
+
+
+@dataclass(frozen=True)
+class Match:
+    """One training example in an answer.
+
+    Attributes:
+        id: Row of the example in the index.
+        key: Name of the example in its data set, such as a file name.
+        score: Estimated effect on the query; positive: keeping the example lowers the teacher's loss.
+        standard_error: Monte-Carlo standard error of the score over the noise draws, or None (say, with one draw).
+        label: Class label, if the data set has one.
+        caption: Text that belongs to the picture, if the data set has one.
+        thumbnail: The picture as PNG or JPEG bytes.
+    """
+
+    id: int
+    key: str
+    score: float
+    standard_error: float | None
+    label: str | None
+    caption: str | None
+    thumbnail: bytes
+
+
+@dataclass(frozen=True)
+class QueryResult:
+    """Which training examples helped and hindered the teacher on one picture.
+
+    Attributes:
+        query: File name or given name of the query.
+        condition: What the teacher was conditioned on, such as `label 3`; empty for nothing.
+        thumbnail: The query as the teacher saw it, PNG or JPEG bytes.
+        proponents: Largest score first.
+        opponents: Smallest score first; may be empty.
+        settings: What was asked: score, kernel, damping, number of draws; reports show it as it is.
+        cost: What the answer took: network evaluations, seconds.
+    """
+
+    query: str
+    condition: str
+    thumbnail: bytes
+    proponents: tuple[Match, ...]
+    opponents: tuple[Match, ...]
+    settings: Mapping[str, str | int | float]
+    cost: Mapping[str, str | int | float]
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """The proponents' ids."""
+        return np.array([match.id for match in self.proponents], dtype=np.int64)
+
+    @property
+    def scores(self) -> NDArray[np.float64]:
+        """The proponents' scores."""
+        return np.array([match.score for match in self.proponents], dtype=np.float64)
+
+    @property
+    def standard_errors(self) -> NDArray[np.float64]:
+        """The proponents' standard errors, NaN where there is none."""
+        errors = [match.standard_error for match in self.proponents]
+        return np.array([np.nan if error is None else error for error in errors], dtype=np.float64)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return one row a match: rank, role, id, key, score, standard_error, label and caption.
+
+        Raises:
+            CarvError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as err:
+            raise CarvError("`to_pandas` needs pandas, which is not installed; run `pip install pandas`.") from err
+        frame = pandas.DataFrame(list(self._rows()), columns=list(_COLUMNS))
+        return frame.astype({"rank": "int64", "id": "int64", "score": "float64", "standard_error": "float64"})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the pictures, ready for `json.dumps`; NaN and infinity become None."""
+        return {
+            "query": self.query,
+            "condition": self.condition,
+            "proponents": [_json_row(rank, match) for rank, match in enumerate(self.proponents, 1)],
+            "opponents": [_json_row(rank, match) for rank, match in enumerate(self.opponents, 1)],
+            "settings": {name: _json_value(value) for name, value in self.settings.items()},
+            "cost": {name: _json_value(value) for name, value in self.cost.items()},
+        }
+
+    def to_csv(self) -> str:
+        """Return a header and one row a match; missing values are empty, text is quoted where it must be.
+
+        The text is the data set's own: a spreadsheet may take a caption that begins with `=` for a formula.
+        """
+        stream = io.StringIO(newline="")
+        writer = csv.writer(stream)
+        writer.writerow(_COLUMNS)
+        writer.writerows([_json_value(value) for value in row] for row in self._rows())
+        return stream.getvalue()
+
+    def save_report(self, path: str | Path) -> None:
+        """Write the answer as one self-contained HTML page.
+
+        Args:
+            path: File to write; it appears whole or not at all.
+
+        Raises:
+            CarvError: The file cannot be written.
+        """
+        from carv_attrib.report.html import write_html  # that module needs this one
+
+        write_html([self], path)
+
+    def _rows(self) -> Iterator[tuple[Any, ...]]:
+        """Yield one tuple a match, in the order of `_COLUMNS`."""
+        for role, matches in (("proponent", self.proponents), ("opponent", self.opponents)):
+            for rank, match in enumerate(matches, 1):
+                yield rank, role, match.id, match.key, match.score, match.standard_error, match.label, match.caption
+
+
+def _json_row(rank: int, match: Match) -> dict[str, Any]:
+    return {
+        "rank": rank,
+        "id": int(match.id),
+        "key": match.key,
+        "score": _json_value(match.score),
+        "standard_error": _json_value(match.standard_error),
+        "label": match.label,
+        "caption": match.caption,
+    }
+
+
+def _json_value(value: Any) -> str | int | float | None:
+    """Return a plain Python value; NumPy's integers are not `int`, and JSON has no NaN."""
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,394 @@
+"""The on-disk store: a manifest, and one pair of files for each part of the dataset (`docs/store-format.md`).
+
+A part covers fixed dataset rows, so that a store has the same bytes however often its making was interrupted. Every
+file is written under a temporary name, fsynced and renamed; a part is done when its features file has its name.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from carv_attrib.errors import StoreCorruptError, StoreError, StoreMismatchError
+from carv_attrib.seeding import random_bits, stream_key
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is kept of an example beside its features.
+
+    Attributes:
+        id: stable number of the example.
+        key: readable name: a file name or row.
+        label: class label.
+        caption: text.
+        thumbnail: PNG or JPEG of what the teacher saw; empty if the example was skipped.
+        error: why the example was skipped, or None; a skipped example has no features.
+    """
+
+    id: int
+    key: str
+    label: int | None
+    caption: str | None
+    thumbnail: bytes
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class PartFeatures:
+    """Features of the examples of one part, in row order.
+
+    Attributes:
+        ids: example ids.
+        features: means over the draws of each half of each band.
+        kernel_ids: ids of the examples that feed the kernel over draws.
+        kernel_draws: their features, one for each draw.
+    """
+
+    ids: Int64[Tensor, " examples"]
+    features: Float[Tensor, "examples bands replicates proj_dim"]
+    kernel_ids: Int64[Tensor, " kernel"]
+    kernel_draws: Float[Tensor, "kernel draws proj_dim"]
+
+
+def concatenate(pieces: Sequence[PartFeatures]) -> PartFeatures | None:
+    """Return the features of several batches as one; None where there are none, every example being skipped."""
+    if not pieces:
+        return None
+    names = ("ids", "features", "kernel_ids", "kernel_draws")
+    return PartFeatures(*(torch.cat([getattr(piece, name) for piece in pieces]) for name in names))
+
+
+def feeds_kernel(ids: Int64[Tensor, " batch"], share: float, seed: int) -> Bool[Tensor, " batch"]:
+    """Return which examples keep every draw: about a share of all, by a hash of their ids."""
+    hashed = (random_bits(stream_key(seed, "kernel"), ids) >> 11) & (2**53 - 1)
+    return hashed.double() < share * 2**53
+
+
+class FeatureStore:
+    """A folder of features, open for reading and for adding the parts that are missing."""
+
+    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @staticmethod
+    def open(path: str | Path) -> FeatureStore:
+        """Return the store in a folder.
+
+        Raises:
+            StoreError: if there is none, or it was made by a newer version.
+            StoreCorruptError: if its manifest cannot be read.
+        """
+        path = Path(path)
+        file = path / "manifest.json"
+        if not file.is_file():
+            raise StoreError(f"{path} is not an index: it has no manifest.json; make one with `carv-attrib featurize`.")
+        try:
+            manifest = json.loads(file.read_text())
+            version = int(manifest["format_version"])
+        except (OSError, ValueError, KeyError, TypeError) as err:
+            raise StoreCorruptError(f"{file} is damaged: {err}.") from err
+        if version != FORMAT_VERSION:
+            raise StoreError(
+                f"{path} has format version {version}, this program reads {FORMAT_VERSION}; featurize again."
+            )
+        return FeatureStore(path, manifest)
+
+    @staticmethod
+    def create(path: str | Path, manifest: Mapping[str, Any]) -> FeatureStore:
+        """Return a new, empty store with the given manifest.
+
+        Raises:
+            StoreError: if the folder cannot be written, or holds something else.
+        """
+        path = Path(path)
+        own = ("features", "examples")
+        if path.exists() and (not path.is_dir() or any(p.name not in own and p.name[0] != "." for p in path.iterdir())):
+            raise StoreError(f"`output` {path} exists and is not an index; name a new or an empty folder.")
+        manifest = {"format": "carv-attrib index", "format_version": FORMAT_VERSION, **manifest}
+        try:
+            for name in own:
+                (path / name).mkdir(parents=True, exist_ok=True)
+            with atomic_file(path / "manifest.json") as temporary:
+                temporary.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        except OSError as err:
+            raise StoreError(f"`output` {path} cannot be written: {err.strerror}; choose another folder.") from err
+        return FeatureStore(path, manifest)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the store for one writer, and remove what a killed one left unfinished.
+
+        Raises:
+            StoreError: if another process is writing, or the folder cannot be written.
+        """
+        try:
+            lock = (self.path / ".lock").open("a")
+        except OSError as err:
+            raise StoreError(f"{self.path} cannot be written: {err.strerror}; choose another folder.") from err
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as err:
+                raise StoreError(f"another process is writing to {self.path}; wait for it, or stop it.") from err
+            for leftover in self.path.rglob(".*.tmp"):
+                leftover.unlink()
+            yield
+
+    def check_matches(self, requested: Mapping[str, Any]) -> None:
+        """Check that the store was made with the requested settings.
+
+        Raises:
+            StoreMismatchError: with each field that differs, and both values.
+        """
+        differences = [
+            f"{name}: stored {self.manifest.get(name)!r}, requested {value!r}"
+            for name, value in _flatten(requested).items()
+            if _flatten(self.manifest).get(name) != value
+        ]
+        if differences:
+            raise StoreMismatchError(
+                f"{self.path} was made with other settings ({'; '.join(differences)}); use them, or another folder."
+            )
+
+    @property
+    def num_parts(self) -> int:
+        """Number of parts that a complete store has."""
+        return -(-int(self.manifest["dataset"]["num_examples"]) // int(self.manifest["config"]["part_size"]))
+
+    def part_rows(self, part: int) -> range:
+        """Return the dataset rows that a part covers."""
+        size = int(self.manifest["config"]["part_size"])
+        return range(part * size, min((part + 1) * size, int(self.manifest["dataset"]["num_examples"])))
+
+    def missing_parts(self) -> list[int]:
+        """Return the parts that are still to be computed."""
+        return [part for part in range(self.num_parts) if not self.features_path(part).is_file()]
+
+    def features_path(self, part: int) -> Path:
+        """Return the file that holds the features of a part."""
+        return self.path / "features" / f"part-{part:06d}.safetensors"
+
+    def examples_path(self, part: int) -> Path:
+        """Return the file that holds the records of a part."""
+        return self.path / "examples" / f"part-{part:06d}.parquet"
+
+    def write_part(self, part: int, features: PartFeatures | None, records: Sequence[Record]) -> None:
+        """Commit one part: its records first, then its features, whose presence is the sign that it is done.
+
+        Args:
+            part: number of the part.
+            features: None if every example was skipped.
+            records: of all examples of the part, in row order.
+
+        Raises:
+            StoreError: if the disk is full or the folder cannot be written; nothing that was done is lost.
+        """
+        float16 = self.manifest["config"]["feature_dtype"] == "float16"
+        features = features if features is not None else self._empty_part()
+        tensors = {"ids": features.ids, "kernel_ids": features.kernel_ids}
+        for name, values in (("features", features.features), ("kernel_draws", features.kernel_draws)):
+            tensors[name], tensors[f"{name}_scale"] = _to_float16(values) if float16 else (values, torch.ones(()))
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        try:
+            _write_records(self.examples_path(part), records)
+            with atomic_file(self.features_path(part)) as temporary:
+                save_file(tensors, temporary, metadata={"sha256": _digest(tensors)})
+        except (OSError, SafetensorError) as err:
+            raise StoreError(
+                f"part {part} cannot be written to {self.path}: {err}; free the disk and start again."
+            ) from err
+
+    def read_part(self, part: int) -> PartFeatures:
+        """Return the features of a part, in float32.
+
+        Raises:
+            StoreCorruptError: if the file is damaged or is not of this store's shape.
+        """
+        with self._open_part(part) as file:
+            return PartFeatures(
+                ids=file.get_tensor("ids"),
+                features=file.get_tensor("features").float() * file.get_tensor("features_scale"),
+                kernel_ids=file.get_tensor("kernel_ids"),
+                kernel_draws=file.get_tensor("kernel_draws").float() * file.get_tensor("kernel_draws_scale"),
+            )
+
+    @cached_property
+    def parts(self) -> list[int]:
+        """The parts that were there when first asked for."""
+        return [part for part in range(self.num_parts) if self.features_path(part).is_file()]
+
+    @cached_property
+    def _part_ids(self) -> list[Int64[np.ndarray, " examples"]]:
+        ids = []
+        for part in self.parts:
+            with self._open_part(part) as file:
+                ids.append(file.get_tensor("ids").numpy())
+        return ids
+
+    @property
+    def ids(self) -> Int64[np.ndarray, " examples"]:
+        """Ids of all examples that have features, in the order of the store."""
+        return np.concatenate(self._part_ids) if self._part_ids else np.empty(0, np.int64)
+
+    def read_features(self, positions: Sequence[int]) -> Float[Tensor, "examples bands replicates proj_dim"]:
+        """Return the features at positions of `ids`, in float32, reading no more of each file than needed."""
+        bounds = np.cumsum([0, *map(len, self._part_ids)])
+        owners = np.searchsorted(bounds, positions, side="right") - 1
+        rows: dict[int, Tensor] = {}
+        for owner in np.unique(owners):
+            with self._open_part(self.parts[owner]) as file:
+                values, scale = file.get_slice("features"), file.get_tensor("features_scale")
+                for position in (int(p) for p in np.asarray(positions)[owners == owner]):
+                    row = position - int(bounds[owner])
+                    rows[position] = values[row : row + 1].float() * (scale[row : row + 1] if scale.dim() else scale)
+        return torch.cat([rows[int(position)] for position in positions])
+
+    def read_records(self, part: int) -> list[Record]:
+        """Return the records of a part, skipped examples among them.
+
+        Raises:
+            StoreCorruptError: if the file is damaged.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = self.examples_path(part)
+        try:
+            rows = pq.read_table(path, page_checksum_verification=True).to_pylist()
+            return [Record(**row) for row in rows]
+        except (OSError, pa.ArrowException, TypeError) as err:
+            raise StoreCorruptError(
+                f"{path} is damaged: {' '.join(str(err).split())}; delete it and featurize again."
+            ) from err
+
+    def find_records(self, ids: Sequence[int]) -> dict[int, Record]:
+        """Return the records of the examples with the given ids."""
+        wanted = {int(i) for i in ids}
+        owners = [part for part, own in zip(self.parts, self._part_ids, strict=True) if wanted & set(own.tolist())]
+        return {record.id: record for part in owners for record in self.read_records(part) if record.id in wanted}
+
+    def num_skipped(self) -> int:
+        """Return how many examples have a record but no features."""
+        return sum(len(self.part_rows(part)) for part in self.parts) - len(self.ids)
+
+    def verify(self) -> list[str]:
+        """Return one line for everything that is wrong: damaged, missing or inconsistent files."""
+        problems = [f"part {part} is missing: run featurize again" for part in self.missing_parts()]
+        for part in self.parts:
+            try:
+                with self._open_part(part) as file:
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}
+                    if _digest(tensors) != (file.metadata() or {}).get("sha256"):
+                        raise StoreCorruptError(f"{self.features_path(part)} is damaged: its checksum does not match.")
+                    if not all(torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point()):
+                        raise StoreCorruptError(f"{self.features_path(part)} holds NaN or infinity.")
+                good = [record.id for record in self.read_records(part) if record.error is None]
+                if good != tensors["ids"].tolist():
+                    raise StoreCorruptError(f"{self.examples_path(part)} does not list the examples of its features.")
+            except StoreCorruptError as err:
+                problems.append(str(err))
+        return problems
+
+    def _empty_part(self) -> PartFeatures:
+        config, proj_dim = self.manifest["config"], self.manifest["proj_dim"]
+        no_ids = torch.empty(0, dtype=torch.int64)
+        features = torch.empty(0, config["num_bands"], self.manifest["num_replicates"], proj_dim)
+        return PartFeatures(no_ids, features, no_ids, torch.empty(0, config["num_draws"], proj_dim))
+
+    @contextmanager
+    def _open_part(self, part: int) -> Iterator[Any]:
+        """Open a features file (memory-mapped) after a check of its shapes against the manifest."""
+        path, config = self.features_path(part), self.manifest["config"]
+        proj_dim = self.manifest["proj_dim"]
+        shape = [config["num_bands"], self.manifest["num_replicates"], proj_dim]
+        try:
+            with safe_open(path, framework="pt") as file:
+                if file.get_slice("features").get_shape()[1:] != shape:
+                    raise StoreCorruptError(f"{path} does not hold features of shape (examples, {str(shape)[1:-1]}).")
+                if file.get_slice("kernel_draws").get_shape()[1:] != [config["num_draws"], proj_dim]:
+                    raise StoreCorruptError(f"{path} does not hold {config['num_draws']} draws of {proj_dim} numbers.")
+                yield file
+        except (OSError, SafetensorError) as err:
+            raise StoreCorruptError(f"{path} is damaged: {err}; delete it and featurize again.") from err
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name to write to; it gets the real name, on disk for certain, if all went well."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _fsync(temporary)
+        temporary.replace(path)
+        _fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _to_float16(values: Float[Tensor, "*shape dim"]) -> tuple[Tensor, Float[Tensor, "*shape one"]]:
+    """Return values over the largest magnitude of each vector, in float16, and that magnitude in float32."""
+    scale = values.abs().amax(-1, keepdim=True)
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (values / scale).half(), scale.float()
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the hex SHA-256 of the names and bytes of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write_records(path: Path, records: Sequence[Record]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema(
+        [
+            pa.field("id", pa.int64()),
+            pa.field("key", pa.string()),
+            pa.field("label", pa.int64()),
+            pa.field("caption", pa.string()),
+            pa.field("thumbnail", pa.binary()),
+            pa.field("error", pa.string()),
+        ]
+    )
+    table = pa.Table.from_pylist([vars(record) for record in records], schema=schema)
+    with atomic_file(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+
+
+def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in mapping.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat

@@ -1,0 +1,33 @@
+"""Diffusion in pixel space: a `UNet2DModel`, unconditional or with class labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from carv_attrib.data import PixelSpec
+from carv_attrib.teachers._diffusers import DiffusersTeacher, fingerprint, freeze, schedule_of
+
+PIPELINES = ("DDPMPipeline", "DDIMPipeline")
+
+
+def load(folder: Path, source: str, device: torch.device, dtype: torch.dtype) -> DiffusersTeacher:
+    """Return the teacher saved in `folder`."""
+    from diffusers import DDPMPipeline
+
+    pipeline = DDPMPipeline.from_pretrained(folder, use_safetensors=True, dtype=dtype)
+    unet = pipeline.unet
+    freeze(unet, device=device, dtype=dtype)
+    size = unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return DiffusersTeacher(
+        source=source,
+        fingerprint=fingerprint(folder, {"unet": unet}),
+        pixel_spec=PixelSpec(height, width, unet.config.in_channels),
+        latent_shape=(unet.config.in_channels, height, width),
+        noise_schedule=schedule_of(pipeline.scheduler),
+        condition_kind="label" if unet.config.num_class_embeds else "none",
+        num_classes=unet.config.num_class_embeds or 0,
+        denoiser=unet,
+    )

@@ -1,0 +1,48 @@
+"""Text-conditional latent diffusion with a UNet: `StableDiffusionPipeline`, version 1 and 2, epsilon and v."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from carv_attrib.teachers._diffusers import (
+    DiffusersTeacher,
+    TextEncoder,
+    fingerprint,
+    freeze,
+    latent_pixels,
+    schedule_of,
+)
+
+PIPELINES = ("StableDiffusionPipeline",)
+
+
+def load(folder: Path, source: str, device: torch.device, dtype: torch.dtype) -> DiffusersTeacher:
+    """Return the teacher saved in `folder`."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        folder,
+        use_safetensors=True,
+        dtype=dtype,
+        safety_checker=None,
+        feature_extractor=None,
+        image_encoder=None,
+        requires_safety_checker=False,
+    )
+    unet, vae, text_model = pipeline.unet, pipeline.vae, pipeline.text_encoder
+    freeze(unet, vae, text_model, device=device, dtype=dtype)
+    size = unet.config.sample_size
+    return DiffusersTeacher(
+        source=source,
+        fingerprint=fingerprint(folder, {"unet": unet, "vae": vae, "text_encoder": text_model}),
+        pixel_spec=latent_pixels(vae, size),
+        latent_shape=(unet.config.in_channels, size, size),
+        noise_schedule=schedule_of(pipeline.scheduler),
+        condition_kind="prompt",
+        num_classes=0,
+        denoiser=unet,
+        autoencoder=vae,
+        text_encoder=TextEncoder(pipeline.tokenizer, text_model),
+    )
