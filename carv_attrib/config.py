@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -107,7 +107,7 @@ class ProjectionConfig:
     projection: ProjectionKind = "kronecker"
     proj_dim: int = 512
     rank: int = 8
-    layers: tuple[str, ...] = ()
+    layers: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         check_choice("projection", self.projection, ProjectionKind)

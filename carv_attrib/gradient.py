@@ -163,7 +163,7 @@ def _gradient_hooks(
 
             if not output.requires_grad:  # nothing attributed lies upstream: the graph starts here
                 output.requires_grad_()
-            output.register_hook(on_backward)
+            output.register_hook(on_backward)  # type: ignore[no-untyped-call]
 
         return layer.module.register_forward_hook(on_forward)
 

@@ -45,7 +45,7 @@ class Kernel:
 
     def banded(
         self, features: Float[Tensor, "*examples bands replicates d"]
-    ) -> Float64[Tensor, "*examples bands replicates d"]:
+    ) -> Float64[Tensor, "*examples kept_bands replicates d"]:
         """Return the features that this kernel scores, in its eigenbasis: bands, or their mean as one band."""
         rotated = features.double() @ self.eigenvectors
         return rotated if self.kind == "draws" else rotated.mean(-3, keepdim=True)

@@ -19,14 +19,14 @@ class NoiseSchedule:
 
     Attributes:
         alphas_cumprod: squared signal level at each timestep, in (0, 1].
-        prediction_type: what the denoiser outputs, in diffusers' words.
+        prediction_type: what the denoiser outputs, in diffusers' words: one of `PredictionType`.
 
     Raises:
         ArgumentError: for a prediction type that is not known.
     """
 
     alphas_cumprod: Float[Tensor, " timesteps"]
-    prediction_type: PredictionType
+    prediction_type: str
 
     def __post_init__(self) -> None:
         if self.prediction_type not in get_args(PredictionType):

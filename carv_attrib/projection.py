@@ -172,7 +172,7 @@ class KroneckerProjector:
             conv = layer.module
             kernel = weight.reshape(-1, *conv.weight.shape[1:])
             inputs, padding = _padded(conv, inputs)
-            projected = F.conv2d(inputs, kernel, bias, conv.stride, padding, conv.dilation, conv.groups)  # type: ignore[arg-type]
+            projected = F.conv2d(inputs, kernel, bias, conv.stride, padding, conv.dilation, conv.groups)
             return projected.view(len(inputs), layer.groups, -1, projected[0, 0].numel()).permute(0, 3, 1, 2)
         return F.linear(inputs.reshape(len(inputs), -1, inputs.shape[-1]), weight[0], bias).unsqueeze(2)
 
@@ -280,7 +280,8 @@ class TrakProjector:
     def block(self, layer: Layer, kept: Tensor, output_gradients: Tensor) -> Float[Tensor, "rows proj_dim"]:
         """Return P^T g of one layer, over sqrt(proj_dim): trak leaves its entries unscaled."""
         gradient = weight_gradient(layer, kept, output_gradients)
-        return self._projectors[layer.name].project(gradient, model_id=0) / math.sqrt(self.proj_dim)
+        projected: Tensor = self._projectors[layer.name].project(gradient, model_id=0)
+        return projected / math.sqrt(self.proj_dim)
 
     def combine(self, blocks: Mapping[str, Tensor]) -> Float[Tensor, "rows proj_dim"]:
         """Return the sum over layers."""

@@ -141,8 +141,8 @@ def _check_num_draws(num_draws: int, scheme: str, num_timesteps: int) -> None:
         raise ArgumentError(f"`num_draws` must be even for `scheme` antithetic, got {num_draws}; use {num_draws + 1}.")
     if scheme == "grid" and num_draws > num_timesteps:
         raise ArgumentError(
-            f"`num_draws` must be at most the number of timesteps (={num_timesteps}) for `scheme` grid, got {num_draws}; "
-            "use fewer."
+            f"`num_draws` must be at most the number of timesteps (={num_timesteps}) for `scheme` grid, "
+            f"got {num_draws}; use fewer."
         )
 
 

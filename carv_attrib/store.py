@@ -159,10 +159,11 @@ class FeatureStore:
         Raises:
             StoreMismatchError: with each field that differs, and both values.
         """
+        stored = _flatten(self.manifest)
         differences = [
-            f"{name}: stored {self.manifest.get(name)!r}, requested {value!r}"
+            f"{name}: stored {stored.get(name)!r}, requested {value!r}"
             for name, value in _flatten(requested).items()
-            if _flatten(self.manifest).get(name) != value
+            if stored.get(name) != value
         ]
         if differences:
             raise StoreMismatchError(
@@ -207,7 +208,7 @@ class FeatureStore:
         tensors = {"ids": features.ids, "kernel_ids": features.kernel_ids}
         for name, values in (("features", features.features), ("kernel_draws", features.kernel_draws)):
             tensors[name], tensors[f"{name}_scale"] = _to_float16(values) if float16 else (values, torch.ones(()))
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        tensors = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}  # unshared
         try:
             _write_records(self.examples_path(part), records)
             with atomic_file(self.features_path(part)) as temporary:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -245,7 +245,7 @@ def make_teacher() -> Callable[..., TinyTeacher]:
     """Return a function that wraps a denoiser as a frozen float64 teacher of 10 timesteps."""
 
     def make(denoiser: nn.Module, prediction_type: str = "epsilon") -> TinyTeacher:
-        schedule = NoiseSchedule(torch.linspace(0.95, 0.05, 10), prediction_type)  # type: ignore[arg-type]
+        schedule = NoiseSchedule(torch.linspace(0.95, 0.05, 10), prediction_type)
         return TinyTeacher(randomise(denoiser, 7).double().eval().requires_grad_(False), schedule)
 
     return make
@@ -255,3 +255,51 @@ def make_teacher() -> Callable[..., TinyTeacher]:
 def linear_teacher(make_teacher: Callable[..., TinyTeacher]) -> TinyTeacher:
     """Return a teacher whose expected gradient has a closed form: see `reference.expected_linear_gradient`."""
     return make_teacher(FlatLinear(4))
+
+
+@pytest.fixture(scope="session")
+def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of 20 real digits, 8 x 8, in sub-folders that are their classes 0, 1 and 2."""
+    from carv_attrib.data import open_dataset
+
+    folder = tmp_path_factory.mktemp("digits")
+    digits = open_dataset("digits")
+    examples = [digits.load(row) for row in range(70)]
+    for example in [example for example in examples if example.label is not None and example.label < 3][:20]:
+        path = folder / str(example.label) / f"{example.id:03d}.png"
+        path.parent.mkdir(exist_ok=True)
+        example.image.save(path)
+    return folder
+
+
+SETTINGS = {
+    "num_draws": 4,
+    "num_bands": 2,
+    "proj_dim": 48,
+    "rank": 3,
+    "part_size": 8,
+    "micro_batch": 16,
+    "kernel_examples": 12,
+    "device": "cpu",
+}
+"""Settings for tiny indexes: 3 parts of at most 8 examples."""
+
+
+@pytest.fixture(scope="session")
+def tiny_index(tmp_path_factory: pytest.TempPathFactory, dit_folder: Path, digits_folder: Path) -> Path:
+    """Return a complete index of the digits folder by the tiny DiT; tests must not change it."""
+    from carv_attrib import featurize
+
+    path = tmp_path_factory.mktemp("index") / "index"
+    featurize(dit_folder, digits_folder, path, **SETTINGS)
+    return path
+
+
+@pytest.fixture
+def as_users_run_it() -> Iterator[None]:
+    """Turn off the shape and type checks that only tests have, so that a wrong type reaches the program's own check."""
+    import jaxtyping
+
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -5,6 +5,7 @@ One draw at a time, weights that require gradients, explicit matrices, nothing c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -24,13 +25,13 @@ Gradients = Mapping[str, Tensor]
 def noisy_latents(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
     """Return z_t of one example."""
     level = float(schedule.alphas_cumprod[timestep])
-    return level**0.5 * latents + (1 - level) ** 0.5 * noise
+    return math.sqrt(level) * latents + math.sqrt(1 - level) * noise
 
 
 def prediction_target(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
     """Return what the teacher was trained to output for one example."""
     level = float(schedule.alphas_cumprod[timestep])
-    velocity = level**0.5 * noise - (1 - level) ** 0.5 * latents
+    velocity = math.sqrt(level) * noise - math.sqrt(1 - level) * latents
     return {"epsilon": noise, "sample": latents, "v_prediction": velocity}[schedule.prediction_type]
 
 

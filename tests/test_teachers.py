@@ -63,7 +63,7 @@ def rewrite(path: Path, **changes: object) -> None:
         ("sd_v_folder", PixelSpec(8, 8, 3), (2, 4, 4), "prompt", 0),
     ],
 )
-def test_every_family_says_what_it_takes(  # noqa: PLR0913
+def test_every_family_says_what_it_takes(
     request: pytest.FixtureRequest,
     family: str,
     pixel_spec: PixelSpec,
@@ -118,7 +118,7 @@ def test_encode_is_the_pipelines_scaled_posterior_mode(request: pytest.FixtureRe
     vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
     with torch.no_grad():
         mode = vae.encode(pixels_of(teacher)).latent_dist.mode()
-    assert torch.equal(teacher.encode(pixels_of(teacher)), mode * 0.3)
+    torch.testing.assert_close(teacher.encode(pixels_of(teacher)), mode * 0.3)
 
 
 def test_encode_takes_the_shift_factor_off_first(copy: Callable[[str], Path]) -> None:
@@ -146,7 +146,7 @@ def test_predict_is_the_pipelines_denoiser(request: pytest.FixtureRequest, famil
     denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
     with torch.no_grad():
         expected = denoiser(latents, timestep=timesteps, **arguments).sample[:, : latents.shape[1]]
-        assert torch.equal(teacher.predict(latents, timesteps, condition_of(teacher)), expected)
+        torch.testing.assert_close(teacher.predict(latents, timesteps, condition_of(teacher)), expected)
 
 
 def test_channels_of_a_learned_variance_are_dropped(dit_sigma_folder: Path) -> None:
@@ -222,7 +222,7 @@ def test_a_pixel_teacher_may_take_class_labels(save_ddpm: Callable[..., Path]) -
         teacher.predict(torch.zeros(1, 1, 8, 8), torch.tensor([5]), build_condition(teacher, [label], None))
         for label in (0, 3)
     ]
-    assert not torch.allclose(*outputs)
+    assert not torch.allclose(outputs[0], outputs[1])
 
 
 def test_a_ddim_pipeline_is_loaded_as_well(copy: Callable[[str], Path]) -> None:
@@ -331,16 +331,21 @@ def test_damaged_weights_are_refused_in_one_line(
         load_teacher(folder)
 
 
-def test_a_missing_weight_is_not_drawn_at_random(copy: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize(
+    ("weights", "kind"),
+    [
+        ("unet/diffusion_pytorch_model.safetensors", "UNet2DConditionModel"),
+        ("vae/diffusion_pytorch_model.safetensors", "AutoencoderKL"),
+        ("text_encoder/model.safetensors", "CLIPTextModel"),
+    ],
+)
+def test_a_missing_weight_is_not_drawn_at_random(copy: Callable[[str], Path], weights: str, kind: str) -> None:
     folder = copy("sd_folder")
-    for weights in (folder / "unet/diffusion_pytorch_model.safetensors", folder / "text_encoder/model.safetensors"):
-        original = load_file(weights)
-        kept = dict(list(original.items())[1:])
-        save_file(kept, weights, metadata={"format": "pt"})
-        with pytest.raises(TeacherError, match="cannot be loaded as a StableDiffusionPipeline: [^\n]+$"):
-            load_teacher(folder)
-        save_file(original, weights, metadata={"format": "pt"})
-    load_teacher(folder)
+    tensors = load_file(folder / weights)
+    del tensors[min(tensors)]
+    save_file(tensors, folder / weights, metadata={"format": "pt"})
+    with pytest.raises(TeacherError, match=rf"/sd_folder/\w+ lacks 1 weights of a {kind}, such as '[\w.]+'\.$"):
+        load_teacher(folder)
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "abacus", "xpu"])
@@ -357,7 +362,7 @@ def test_auto_is_the_best_device_here() -> None:
 def test_a_dtype_that_does_not_exist_is_refused(ddpm_folder: Path) -> None:
     message = r"`dtype` must be one of float32, bfloat16, float16, float64, got 'int8'\."
     with pytest.raises(ArgumentError, match=message):
-        inspect.unwrap(load_teacher)(ddpm_folder, dtype="int8")  # type: ignore[arg-type]
+        inspect.unwrap(load_teacher)(ddpm_folder, dtype="int8")
 
 
 @pytest.mark.parametrize(

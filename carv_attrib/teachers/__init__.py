@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from safetensors import SafetensorError
 
 from carv_attrib.config import TeacherDtype, check_choice
 from carv_attrib.errors import ArgumentError, TeacherError
@@ -40,9 +41,10 @@ def load_teacher(source: str | Path, *, device: str = "auto", dtype: TeacherDtyp
             f"{source} is a {name}, which is not supported; supported are {', '.join(sorted(families))}."
         )
     _check_weights(folder)
+    place = resolve_device(device)
     try:
-        teacher: Teacher = families[name].load(folder, str(source), resolve_device(device), getattr(torch, dtype))
-    except (OSError, ValueError, KeyError, RuntimeError) as err:
+        teacher: Teacher = families[name].load(folder, str(source), place, getattr(torch, dtype))
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as err:
         raise TeacherError(f"{source} cannot be loaded as a {name}: {' '.join(str(err).split())}") from err
     return teacher
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,13 +88,26 @@ class TextEncoder:
         return hidden
 
 
+def load_module(kind: Any, folder: Path) -> Any:
+    """Return a diffusers or transformers model saved in `folder`.
+
+    Raises:
+        TeacherError: if weights are missing, which the libraries would draw at random with no more than a warning.
+    """
+    module, info = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        raise TeacherError(f"{folder} lacks {len(missing)} weights of a {kind.__name__}, such as {missing[0]!r}.")
+    return module
+
+
 def freeze(*modules: nn.Module | None, device: torch.device, dtype: torch.dtype) -> None:
     """Move modules, put them in evaluation mode, and take no gradients of their weights."""
     for module in modules:
         if module is not None:
-            module.to(device).eval().requires_grad_(False)
-            if next(module.parameters()).dtype != dtype:  # a diffusers too old to load in a dtype
-                module.to(dtype)
+            nn.Module.to(module, device, dtype)  # diffusers' own `to` warns, at length, about nothing
+            module.eval().requires_grad_(False)
+            for tensor in (*module.parameters(), *module.buffers()):
+                tensor.data = tensor.data.clone()  # files map to odd addresses, and alignment decides the last bits
 
 
 def schedule_of(scheduler: Any) -> NoiseSchedule:
@@ -114,11 +127,11 @@ def latent_pixels(autoencoder: Any, sample_size: int) -> PixelSpec:
     return PixelSpec(side, side, autoencoder.config.in_channels)
 
 
-def fingerprint(folder: Path, components: Mapping[str, nn.Module | None]) -> str:
-    """Return the hex SHA-256 of the scheduler's and the components' files (configs and safetensors)."""
+def fingerprint(folder: Path, components: Sequence[str]) -> str:
+    """Return the hex SHA-256 of the scheduler's and the components' files: configs, safetensors and merges."""
     digest = hashlib.sha256()
-    names = ["scheduler", *(name for name, module in components.items() if module is not None)]
-    for path in sorted(p for name in names for p in (folder / name).iterdir() if p.suffix in (".json", ".safetensors")):
+    files = [path for name in ("scheduler", *components) for path in (folder / name).iterdir()]
+    for path in sorted(path for path in files if path.suffix in (".json", ".safetensors", ".txt")):
         digest.update(path.relative_to(folder).as_posix().encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

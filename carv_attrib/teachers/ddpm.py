@@ -7,23 +7,23 @@ from pathlib import Path
 import torch
 
 from carv_attrib.data import PixelSpec
-from carv_attrib.teachers._diffusers import DiffusersTeacher, fingerprint, freeze, schedule_of
+from carv_attrib.teachers._diffusers import DiffusersTeacher, fingerprint, freeze, load_module, schedule_of
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 
 
 def load(folder: Path, source: str, device: torch.device, dtype: torch.dtype) -> DiffusersTeacher:
     """Return the teacher saved in `folder`."""
-    from diffusers import DDPMPipeline
+    from diffusers import DDPMPipeline, UNet2DModel
 
-    pipeline = DDPMPipeline.from_pretrained(folder, use_safetensors=True, dtype=dtype)
-    unet = pipeline.unet
+    unet = load_module(UNet2DModel, folder / "unet")
+    pipeline = DDPMPipeline.from_pretrained(folder, unet=unet)
     freeze(unet, device=device, dtype=dtype)
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return DiffusersTeacher(
         source=source,
-        fingerprint=fingerprint(folder, {"unet": unet}),
+        fingerprint=fingerprint(folder, ["unet"]),
         pixel_spec=PixelSpec(height, width, unet.config.in_channels),
         latent_shape=(unet.config.in_channels, height, width),
         noise_schedule=schedule_of(pipeline.scheduler),

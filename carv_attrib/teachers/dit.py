@@ -6,22 +6,30 @@ from pathlib import Path
 
 import torch
 
-from carv_attrib.teachers._diffusers import DiffusersTeacher, fingerprint, freeze, latent_pixels, schedule_of
+from carv_attrib.teachers._diffusers import (
+    DiffusersTeacher,
+    fingerprint,
+    freeze,
+    latent_pixels,
+    load_module,
+    schedule_of,
+)
 
 PIPELINES = ("DiTPipeline",)
 
 
 def load(folder: Path, source: str, device: torch.device, dtype: torch.dtype) -> DiffusersTeacher:
     """Return the teacher saved in `folder`."""
-    from diffusers import DiTPipeline
+    from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 
-    pipeline = DiTPipeline.from_pretrained(folder, use_safetensors=True, dtype=dtype)
-    transformer, vae = pipeline.transformer, pipeline.vae
+    transformer = load_module(DiTTransformer2DModel, folder / "transformer")
+    vae = load_module(AutoencoderKL, folder / "vae")
+    pipeline = DiTPipeline.from_pretrained(folder, transformer=transformer, vae=vae)
     freeze(transformer, vae, device=device, dtype=dtype)
     size = transformer.config.sample_size
     return DiffusersTeacher(
         source=source,
-        fingerprint=fingerprint(folder, {"transformer": transformer, "vae": vae}),
+        fingerprint=fingerprint(folder, ["transformer", "vae"]),
         pixel_spec=latent_pixels(vae, size),
         latent_shape=(transformer.config.in_channels, size, size),
         noise_schedule=schedule_of(pipeline.scheduler),

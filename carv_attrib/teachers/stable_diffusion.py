@@ -12,6 +12,7 @@ from carv_attrib.teachers._diffusers import (
     fingerprint,
     freeze,
     latent_pixels,
+    load_module,
     schedule_of,
 )
 
@@ -20,23 +21,27 @@ PIPELINES = ("StableDiffusionPipeline",)
 
 def load(folder: Path, source: str, device: torch.device, dtype: torch.dtype) -> DiffusersTeacher:
     """Return the teacher saved in `folder`."""
-    from diffusers import StableDiffusionPipeline
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel
 
+    unet = load_module(UNet2DConditionModel, folder / "unet")
+    vae = load_module(AutoencoderKL, folder / "vae")
+    text_model = load_module(CLIPTextModel, folder / "text_encoder")
     pipeline = StableDiffusionPipeline.from_pretrained(
         folder,
-        use_safetensors=True,
-        dtype=dtype,
+        unet=unet,
+        vae=vae,
+        text_encoder=text_model,
         safety_checker=None,
         feature_extractor=None,
         image_encoder=None,
         requires_safety_checker=False,
     )
-    unet, vae, text_model = pipeline.unet, pipeline.vae, pipeline.text_encoder
     freeze(unet, vae, text_model, device=device, dtype=dtype)
     size = unet.config.sample_size
     return DiffusersTeacher(
         source=source,
-        fingerprint=fingerprint(folder, {"unet": unet, "vae": vae, "text_encoder": text_model}),
+        fingerprint=fingerprint(folder, ["unet", "vae", "text_encoder", "tokenizer"]),
         pixel_spec=latent_pixels(vae, size),
         latent_shape=(unet.config.in_channels, size, size),
         noise_schedule=schedule_of(pipeline.scheduler),

@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from carv_attrib import Attributor, featurize, load_teacher
+from carv_attrib.data import open_dataset
+from carv_attrib.errors import ArgumentError, DataError, StoreError, StoreMismatchError
+from carv_attrib.kernel import fit_kernel, similarity
+from carv_attrib.pipeline import build_index
+from carv_attrib.store import FeatureStore
+from tests.conftest import SETTINGS
+
+
+@pytest.fixture(scope="module")
+def attributor(tiny_index: Path) -> Attributor:
+    return Attributor.open(tiny_index, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def pictures(digits_folder: Path) -> list[tuple[Image.Image, int]]:
+    digits = open_dataset(digits_folder)
+    return [(x.image, x.label) for x in (digits.load(row) for row in range(len(digits))) if x.label is not None]
+
+
+def test_a_training_example_asked_again_is_its_own_first_proponent(
+    attributor: Attributor, pictures: list[tuple[Image.Image, int]]
+) -> None:
+    for row in (0, 7, 19):
+        image, label = pictures[row]
+        result = attributor.query(image, label=label, top_k=3, score="preconditioned-cosine")
+        assert result.ids[0] == row
+        assert result.scores[0] == pytest.approx(1, abs=1e-3)
+
+
+def test_query_features_are_the_training_features_bit_for_bit(
+    attributor: Attributor, pictures: list[tuple[Image.Image, int]]
+) -> None:
+    """Shared draws: the same picture gives the same features, whoever asks."""
+    store = FeatureStore.open(attributor.store.path)
+    features, _ = attributor._features([image for image, _ in pictures[:3]], [label for _, label in pictures[:3]], None)
+    stored = store.read_features([0, 1, 2])
+    assert ((features - stored).abs().amax(-1) / features.abs().amax(-1)).max() < 2**-11
+
+
+def test_a_query_returns_what_the_matrix_of_scores_says(
+    attributor: Attributor, pictures: list[tuple[Image.Image, int]]
+) -> None:
+    image, label = pictures[3]
+    scores, errors = attributor.scores_with_errors([image], labels=[label])
+    result = attributor.query(image, label=label, top_k=20, opponents=True)
+    order = np.argsort(-scores[0])
+    assert result.ids.tolist() == attributor.ids[order].tolist()
+    np.testing.assert_allclose(result.scores, scores[0, order], rtol=1e-6)
+    np.testing.assert_allclose(result.standard_errors, errors[0, order], rtol=1e-6)
+    assert [m.id for m in result.opponents] == result.ids[::-1].tolist()
+    assert (errors > 0).all()
+
+
+@pytest.mark.parametrize("kernel", ["draws", "means"])
+@pytest.mark.parametrize("score", ["preconditioned", "dot", "cosine", "preconditioned-cosine"])
+@pytest.mark.parametrize("damping", [0.03, 3.0])
+def test_every_score_can_be_asked_of_one_index(
+    attributor: Attributor, pictures: list[tuple[Image.Image, int]], score: Any, kernel: Any, damping: float
+) -> None:
+    options = {"score": score, "kernel": kernel, "damping": damping}
+    image, label = pictures[5]
+    result = attributor.query(image, label=label, top_k=20, **options)
+    scores = attributor.scores([image], labels=[label], **options)
+    np.testing.assert_allclose(result.scores, np.sort(scores[0])[::-1], rtol=1e-6)
+    features, _ = attributor._features([image], [label], None)
+    fitted = fit_kernel(attributor.store, kernel)
+    train = torch.cat([attributor.store.read_part(part).features for part in attributor.store.parts])
+    exact, _ = similarity(
+        fitted.banded(features), fitted.banded(train), fitted.inverse(score, damping), normalise="cosine" in score
+    )
+    np.testing.assert_allclose(scores, exact.numpy(), rtol=1e-9)
+
+
+def test_scores_do_not_depend_on_what_else_is_asked(
+    attributor: Attributor, pictures: list[tuple[Image.Image, int]]
+) -> None:
+    images, labels = [list(column) for column in zip(*pictures[:5], strict=True)]
+    together = attributor.scores(images, labels=labels)
+    np.testing.assert_allclose(together[2:3], attributor.scores(images[2:3], labels=labels[2:3]), rtol=1e-12)
+
+
+def test_columns_are_in_the_order_of_ids_whatever_the_order_of_the_data(
+    tmp_path: Path, dit_folder: Path, digits_folder: Path, pictures: list[tuple[Image.Image, int]]
+) -> None:
+    import datasets
+
+    content = {"image": [p for p, _ in pictures], "label": [c for _, c in pictures], "number": list(range(20))}
+    dataset = datasets.Dataset.from_dict(content).cast_column("image", datasets.Image())
+    scores = []
+    for name, rows in (("a", dataset), ("b", dataset.shuffle(seed=3))):
+        featurize(dit_folder, rows, tmp_path / name, **SETTINGS, id_column="number")
+        scores.append(Attributor.open(tmp_path / name, device="cpu").scores([pictures[4][0]], labels=[pictures[4][1]]))
+    np.testing.assert_allclose(scores[0], scores[1], rtol=1e-9)
+
+
+def test_independent_noise_of_queries_follows_their_content(
+    tmp_path: Path, dit_folder: Path, digits_folder: Path, pictures: list[tuple[Image.Image, int]]
+) -> None:
+    featurize(dit_folder, digits_folder, tmp_path / "index", **SETTINGS | {"noise": "independent"})
+    attributor = Attributor.open(tmp_path / "index", device="cpu")
+    images, labels = [list(column) for column in zip(*pictures[:3], strict=True)]
+    together = attributor.scores(images, labels=labels)
+    np.testing.assert_allclose(together[1:2], attributor.scores(images[1:2], labels=labels[1:2]), rtol=1e-12)
+
+
+def test_a_result_says_what_it_was_made_with_and_what_it_cost(
+    attributor: Attributor, pictures: list[tuple[Image.Image, int]], dit_folder: Path
+) -> None:
+    result = attributor.query(pictures[0][0], label=0, top_k=2)
+    assert result.condition == "label 0"
+    assert result.settings["teacher"] == str(dit_folder)
+    assert (result.settings["score"], result.settings["damping"], result.settings["num_draws"]) == (
+        "preconditioned",
+        0.1,
+        4,
+    )
+    assert result.cost["network_evaluations"] == 4
+    assert result.proponents[0].key == "0/000.png"
+    assert result.proponents[0].label == "0"
+    assert result.proponents[0].thumbnail.startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        ({"label": 0, "top_k": 0}, "`top_k` must be a whole number of at least 1, got 0"),
+        ({"label": 3}, "`label` must be from 0 to 2, got 3"),
+        ({"label": -1}, "`label` must be from 0 to 2, got -1"),
+        ({}, "`label` is needed: this teacher is class-conditional; give one from 0 to 2"),
+        ({"label": 0, "prompt": "x"}, "`prompt` was given, but this teacher is class-conditional; leave it out"),
+        ({"label": 0, "score": "x"}, "`score` must be one of preconditioned, dot, .*, got 'x'"),
+        ({"label": 0, "kernel": "x"}, "`kernel` must be one of draws, means, got 'x'"),
+        ({"label": 0, "damping": 0.0}, r"`damping` must be a positive number, got 0.0"),
+    ],
+)
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_bad_question_is_one_line(
+    attributor: Attributor, pictures: list[tuple[Image.Image, int]], question: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        attributor.query(pictures[0][0], **question)
+
+
+def test_as_many_labels_as_images_are_needed(attributor: Attributor, pictures: list[tuple[Image.Image, int]]) -> None:
+    with pytest.raises(ArgumentError, match=r"`labels` must be as many as images \(=2\), got 1"):
+        attributor.scores([pictures[0][0], pictures[1][0]], labels=[0])
+
+
+def test_a_missing_picture_is_named(attributor: Attributor, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="missing.png"):
+        attributor.query(tmp_path / "missing.png", label=0)
+
+
+def test_more_neighbours_than_there_are_gives_all(
+    attributor: Attributor, pictures: list[tuple[Image.Image, int]]
+) -> None:
+    assert len(attributor.query(pictures[0][0], label=0, top_k=500).ids) == 20
+
+
+def test_an_index_of_another_teacher_is_refused(
+    tiny_index: Path, dit_sigma_folder: Path, pictures: list[tuple[Image.Image, int]]
+) -> None:
+    attributor = Attributor.open(tiny_index, teacher=dit_sigma_folder, device="cpu")
+    with pytest.raises(StoreMismatchError, match="index was made by another teacher"):
+        attributor.query(pictures[0][0], label=0)
+
+
+def test_a_teacher_that_moved_is_recognised(
+    tmp_path: Path, tiny_index: Path, dit_folder: Path, pictures: list[tuple[Image.Image, int]]
+) -> None:
+    shutil.copytree(dit_folder, tmp_path / "moved")
+    result = Attributor.open(tiny_index, teacher=tmp_path / "moved", device="cpu").query(pictures[0][0], label=0)
+    assert len(result.ids) == 10
+
+
+def test_other_random_streams_are_refused(
+    tmp_path: Path, tiny_index: Path, pictures: list[tuple[Image.Image, int]]
+) -> None:
+    shutil.copytree(tiny_index, tmp_path / "index")
+    manifest = tmp_path / "index" / "manifest.json"
+    store = FeatureStore.open(tmp_path / "index")
+    manifest.write_text(manifest.read_text().replace(store.manifest["draws_sha256"], "0" * 64))
+    with pytest.raises(StoreMismatchError, match="random draws differ from those of the index"):
+        Attributor.open(tmp_path / "index", device="cpu").query(pictures[0][0], label=0)
+
+
+def test_an_index_can_be_built_again_for_another_score(
+    tmp_path: Path, tiny_index: Path, pictures: list[tuple[Image.Image, int]]
+) -> None:
+    shutil.copytree(tiny_index, tmp_path / "index")
+    build_index(FeatureStore.open(tmp_path / "index"), score="cosine", kernel="means", damping=0.5)
+    result = Attributor.open(tmp_path / "index", device="cpu").query(pictures[0][0], label=0)
+    assert (result.settings["score"], result.settings["kernel"]) == ("cosine", "means")
+    assert "damping" not in result.settings
+
+
+def test_an_index_that_is_not_complete_says_what_to_run(tmp_path: Path, tiny_index: Path) -> None:
+    shutil.copytree(tiny_index, tmp_path / "index")
+    (tmp_path / "index" / "index.json").unlink()
+    with pytest.raises(StoreError, match="has no index yet; run `carv-attrib index"):
+        Attributor.open(tmp_path / "index")
+
+
+def test_one_query_in_one_sentence_of_python(tiny_index: Path, dit_folder: Path, digits_folder: Path) -> None:
+    teacher = load_teacher(dit_folder, device="cpu")
+    result = Attributor.open(tiny_index, teacher=teacher).query(digits_folder / "1" / "001.png", label=1)
+    assert result.query == "001.png"
+    assert result.to_pandas()["id"].tolist()[:1] == result.ids[:1].tolist()
+
+
+def test_importing_the_package_loads_neither_diffusers_nor_faiss() -> None:
+    code = (
+        "import sys, carv_attrib; print([m for m in ('diffusers', 'faiss', 'datasets', 'pandas') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

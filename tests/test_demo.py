@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from carv_attrib import load_teacher
+from carv_attrib.demo import generate, run_demo
+
+TEACHER = Path("carv_attrib/demo/teacher")
+
+
+def test_the_packaged_teacher_is_small_and_free_of_pickles() -> None:
+    files = [path for path in TEACHER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 5e6
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+
+
+def test_the_packaged_teacher_takes_grey_digits_of_ten_classes() -> None:
+    teacher = load_teacher("demo")
+    assert (teacher.pixel_spec.height, teacher.pixel_spec.channels, teacher.num_classes) == (32, 1, 10)
+
+
+def test_generated_digits_are_of_the_asked_class() -> None:
+    """By the nearest training digit in pixels: most must have the class."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    labels = list(range(10)) * 3
+    images = [np.asarray(image.resize((8, 8)), float).ravel() for image in generate(labels, num_inference_steps=25)]
+    train = digits.data / np.linalg.norm(digits.data, axis=1, keepdims=True)
+    nearest = [digits.target[(train @ image).argmax()] for image in images]
+    assert np.mean(np.array(nearest) == labels) >= 0.8
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[list, Path]:
+    return run_demo(tmp_path_factory.mktemp("demo"), labels=(3, 8))
+
+
+def test_the_demo_finds_digits_of_the_class_it_generated(demo: tuple[list, Path]) -> None:
+    results, _ = demo
+    for label, result in zip("38", results, strict=True):
+        assert sum(match.label == label for match in result.proponents) >= 8
+
+
+def test_the_demo_writes_its_report(demo: tuple[list, Path]) -> None:
+    results, report = demo
+    page = report.read_text()
+    assert all(match.key in page for result in results for match in result.proponents)

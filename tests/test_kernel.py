@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from carv_attrib.errors import ArgumentError, StoreCorruptError, StoreError
+from carv_attrib.index import FeatureIndex, read_index_settings
+from carv_attrib.kernel import Kernel, KernelKind, ScoreKind, fit_kernel, load_kernel, similarity
+from carv_attrib.store import FeatureStore, PartFeatures, Record
+
+NUM, BANDS, DIM = 40, 3, 5
+
+
+@pytest.fixture
+def draws() -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(NUM, 2 * BANDS, DIM, generator=generator) * torch.linspace(0.1, 2, DIM)
+
+
+@pytest.fixture
+def store(tmp_path: Path, draws: Tensor) -> FeatureStore:
+    manifest = {
+        "config": {"part_size": 16, "num_bands": BANDS, "num_draws": 2 * BANDS, "feature_dtype": "float32"},
+        "dataset": {"num_examples": NUM},
+        "num_replicates": 2,
+        "proj_dim": DIM,
+    }
+    store = FeatureStore.create(tmp_path / "index", manifest)
+    for part in range(3):
+        rows = list(store.part_rows(part))
+        ids = torch.tensor(rows) + 100
+        features = PartFeatures(ids, draws[rows].view(-1, BANDS, 2, DIM), ids, draws[rows])
+        store.write_part(part, features, [Record(int(i), str(int(i)), None, None, b"") for i in ids])
+    return FeatureStore.open(store.path)
+
+
+def naive_scores(query: Tensor, train: Tensor, hessian: Tensor, damping: float, bands: int) -> Tensor:
+    """Equation (9), term by term: query and train are (n, draws, d)."""
+    damped = hessian + damping * torch.trace(hessian) / len(hessian) * torch.eye(len(hessian)).double()
+    means = [x.double().view(len(x), bands, -1, DIM).mean(2) for x in (query, train)]
+    return torch.stack(
+        [
+            torch.stack([sum(q[b] @ torch.linalg.solve(damped, g[b]) for b in range(bands)) / bands for g in means[1]])
+            for q in means[0]
+        ]
+    )
+
+
+def hessian_of(draws: Tensor, kind: str) -> Tensor:
+    vectors = draws.double().flatten(0, 1) if kind == "draws" else draws.double().mean(1)
+    return vectors.T @ vectors / len(vectors)
+
+
+@pytest.mark.parametrize(("kind", "bands"), [("draws", BANDS), ("means", 1)])
+@pytest.mark.parametrize("damping", [0.01, 1.0])
+def test_scores_are_equation_9(
+    store: FeatureStore, draws: Tensor, kind: KernelKind, bands: int, damping: float
+) -> None:
+    kernel = fit_kernel(store, kind)
+    query = draws[:4].flip(2)
+    scores, _ = similarity(
+        kernel.banded(query.view(-1, BANDS, 2, DIM)),
+        kernel.banded(draws.view(-1, BANDS, 2, DIM)),
+        kernel.inverse("preconditioned", damping),
+    )
+    torch.testing.assert_close(
+        scores, naive_scores(query, draws, hessian_of(draws, kind), damping, bands), rtol=1e-10, atol=0
+    )
+    assert kernel.num_vectors == (NUM * 2 * BANDS if kind == "draws" else NUM)
+
+
+def test_without_a_kernel_scores_are_inner_products_and_cosines(store: FeatureStore, draws: Tensor) -> None:
+    kernel = fit_kernel(store)
+    banded = kernel.banded(draws.view(-1, BANDS, 2, DIM))
+    flat = draws.double().view(NUM, BANDS, 2, DIM).mean(2).flatten(1)
+    dot, _ = similarity(banded, banded, kernel.inverse("dot", 0.1))
+    torch.testing.assert_close(dot, flat @ flat.T / BANDS, rtol=1e-10, atol=1e-12)
+    cosine, _ = similarity(banded, banded, kernel.inverse("cosine", 0.1), normalise=True)
+    unit = flat / flat.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(cosine, unit @ unit.T, rtol=1e-10, atol=1e-12)
+
+
+def test_self_scores_are_positive(store: FeatureStore, draws: Tensor) -> None:
+    kernel = fit_kernel(store)
+    banded = kernel.banded(draws.view(-1, BANDS, 2, DIM))
+    scores, _ = similarity(banded, banded, kernel.inverse("preconditioned", 0.1))
+    assert (scores.diagonal() > 0).all()
+
+
+def test_standard_error_meets_the_spread_over_fresh_draws() -> None:
+    generator = torch.Generator().manual_seed(0)
+    runs, bands, per_half = 4000, 4, 3
+    mean_q, mean_i = torch.randn(2, bands, DIM, generator=generator).double()
+    shared = torch.randn(runs, bands, 2, per_half, DIM, generator=generator).double() * 0.5  # noise of the same draws
+    query = mean_q[None, :, None] + shared.mean(3)
+    train = mean_i[None, :, None] + (shared * 0.7).mean(3)
+    scores, errors = zip(
+        *(similarity(q[None], t[None], torch.ones(DIM).double()) for q, t in zip(query, train, strict=True)),
+        strict=True,
+    )
+    spread = torch.cat(scores).std()
+    estimate = torch.cat(errors).square().mean().sqrt()
+    assert 0.97 < estimate / spread < 1.12  # to first order equal; from above to second
+
+
+def test_standard_errors_without_halves_use_neighbouring_bands_and_one_band_has_none() -> None:
+    query = torch.ones(1, 4, 1, 1).double()
+    train = torch.tensor([1.0, 3.0, 1.0, 3.0]).double().view(1, 4, 1, 1)
+    _, errors = similarity(query, train, torch.ones(1).double())
+    assert errors.item() == pytest.approx((4 / (2 * 4)) ** 0.5)
+    _, missing = similarity(query[:, :1], train[:, :1], torch.ones(1).double())
+    assert torch.isnan(missing).all()
+
+
+@pytest.mark.parametrize("damping", [0.0, -1.0, float("inf"), float("nan")])
+def test_damping_must_be_positive(store: FeatureStore, damping: float) -> None:
+    with pytest.raises(ArgumentError, match=r"`damping` must be a positive number, got"):
+        fit_kernel(store).inverse("preconditioned", damping)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_an_unknown_kernel_is_refused(store: FeatureStore) -> None:
+    with pytest.raises(ArgumentError, match="`kernel` must be one of draws, means, got 'x'"):
+        fit_kernel(store, "x")  # type: ignore[arg-type]
+
+
+def test_an_empty_store_has_no_kernel(store: FeatureStore) -> None:
+    for part in range(3):
+        store.features_path(part).unlink()
+    with pytest.raises(StoreError, match="holds no features yet; run featurize first"):
+        fit_kernel(FeatureStore.open(store.path))
+
+
+def test_a_kernel_comes_back_from_its_file(store: FeatureStore, tmp_path: Path) -> None:
+    kernel = fit_kernel(store)
+    kernel.save(tmp_path / "kernel.safetensors")
+    loaded = load_kernel(tmp_path / "kernel.safetensors")
+    assert torch.equal(loaded.eigenvectors, kernel.eigenvectors)
+    assert torch.equal(loaded.eigenvalues, kernel.eigenvalues)
+    assert (loaded.kind, loaded.num_vectors) == ("draws", kernel.num_vectors)
+
+
+def test_a_damaged_kernel_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "kernel.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(StoreCorruptError, match=r"kernel.safetensors is damaged: .*; run `carv-attrib index`"):
+        load_kernel(tmp_path / "kernel.safetensors")
+
+
+def exact_order(query: Tensor, store: FeatureStore, kernel: Kernel, score: ScoreKind, damping: float) -> np.ndarray:
+    train = kernel.banded(torch.cat([store.read_part(part).features for part in store.parts]))
+    scores, _ = similarity(query, train, kernel.inverse(score, damping), normalise=score.endswith("cosine"))
+    return (-scores).argsort(dim=1).numpy()
+
+
+@pytest.mark.parametrize("kind", ["draws", "means"])
+@pytest.mark.parametrize("score", ["preconditioned", "dot", "cosine", "preconditioned-cosine"])
+def test_the_index_ranks_as_the_exact_scores_do(
+    store: FeatureStore, draws: Tensor, kind: KernelKind, score: ScoreKind
+) -> None:
+    kernel = fit_kernel(store, kind)
+    query = kernel.banded(draws[:5].flip(2).view(-1, BANDS, 2, DIM))
+    index = FeatureIndex.build(store, kernel, score=score, damping=0.2)
+    found = index.search(query, score=score, damping=0.2, top_k=NUM)
+    np.testing.assert_array_equal(found, exact_order(query, store, kernel, score, 0.2))
+
+
+@pytest.mark.parametrize(("score", "damping"), [("preconditioned", 5.0), ("preconditioned", 0.001), ("dot", 0.2)])
+def test_one_index_serves_any_damping_and_the_plain_inner_product(
+    store: FeatureStore, draws: Tensor, score: ScoreKind, damping: float
+) -> None:
+    kernel = fit_kernel(store)
+    query = kernel.banded(draws[:5].flip(2).view(-1, BANDS, 2, DIM))
+    index = FeatureIndex.build(store, kernel, score="preconditioned", damping=0.2)
+    assert index.settings.serves(score, "draws", damping)
+    found = index.search(query, score=score, damping=damping, top_k=NUM)
+    np.testing.assert_array_equal(found, exact_order(query, store, kernel, score, damping))
+
+
+def test_a_cosine_is_served_by_its_own_index_only(store: FeatureStore) -> None:
+    kernel = fit_kernel(store)
+    settings = FeatureIndex.build(store, kernel, score="preconditioned-cosine", damping=0.2).settings
+    assert settings.serves("preconditioned-cosine", "draws", 0.2)
+    assert not settings.serves("preconditioned-cosine", "draws", 0.3)
+    assert not settings.serves("cosine", "draws", 0.2)
+    assert not settings.serves("preconditioned", "draws", 0.2)
+    assert not FeatureIndex.build(store, kernel, score="dot", damping=0.2).settings.serves("dot", "means", 0.2)
+
+
+def test_an_index_comes_back_from_its_files(store: FeatureStore, draws: Tensor) -> None:
+    kernel = fit_kernel(store)
+    index = FeatureIndex.build(store, kernel, score="preconditioned", damping=0.2)
+    index.save(store.path)
+    query = kernel.banded(draws[:5].view(-1, BANDS, 2, DIM))
+    options = {"score": "preconditioned", "damping": 0.2, "top_k": 7}
+    np.testing.assert_array_equal(
+        FeatureIndex.load(store, kernel).search(query, **options), index.search(query, **options)
+    )
+
+
+def test_an_index_is_checked_before_it_is_read(store: FeatureStore) -> None:
+    with pytest.raises(StoreError, match="has no index yet; run `carv-attrib index"):
+        read_index_settings(store)
+    FeatureIndex.build(store, fit_kernel(store), score="dot", damping=0.2).save(store.path)
+    faiss_file = store.path / "index.faiss"
+    faiss_file.write_bytes(faiss_file.read_bytes()[:-1] + b"x")
+    with pytest.raises(StoreCorruptError, match=r"index.faiss is damaged: its checksum does not match"):
+        read_index_settings(store)
+    (store.path / "index.json").write_text("{}")
+    with pytest.raises(StoreCorruptError, match=r"index.json is damaged"):
+        read_index_settings(store)
+
+
+def test_an_index_of_other_examples_is_refused(store: FeatureStore) -> None:
+    FeatureIndex.build(store, fit_kernel(store), score="dot", damping=0.2).save(store.path)
+    store.features_path(2).unlink()
+    with pytest.raises(StoreError, match="is of other examples; run `carv-attrib index"):
+        read_index_settings(FeatureStore.open(store.path))

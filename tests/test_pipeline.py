@@ -1,0 +1,401 @@
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from carv_attrib import featurize, load_teacher
+from carv_attrib.config import EstimatorConfig, FeaturizeConfig
+from carv_attrib.data import open_dataset
+from carv_attrib.errors import (
+    ArgumentError,
+    BadImageError,
+    DataError,
+    NonFiniteGradientError,
+    StoreMismatchError,
+    TeacherError,
+)
+from carv_attrib.estimator import (
+    Encoded,
+    GradientProfile,
+    average_bands,
+    build_estimator,
+    check_finite,
+    encode,
+    measure_profile,
+)
+from carv_attrib.store import FeatureStore
+from tests.conftest import SETTINGS
+
+
+def part_digests(path: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for folder in ("features", "examples")
+        for file in sorted((path / folder).iterdir())
+    }
+
+
+def features_by_id(path: Path) -> dict[int, torch.Tensor]:
+    store = FeatureStore.open(path)
+    return dict(zip(store.ids.tolist(), store.read_features(range(len(store.ids))), strict=True))
+
+
+def with_ids(digits_folder: Path) -> datasets.Dataset:
+    """Return the digits as a dataset with a column of ids unlike the row numbers."""
+    digits = open_dataset(digits_folder)
+    rows = [digits.load(row) for row in range(len(digits))]
+    content = {
+        "image": [x.image for x in rows],
+        "label": [x.label for x in rows],
+        "number": [7 * x.id + 3 for x in rows],
+    }
+    return datasets.Dataset.from_dict(content).cast_column("image", datasets.Image())
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 32])
+def test_features_are_the_same_bits_for_any_batch_size(
+    tmp_path: Path, dit_folder: Path, digits_folder: Path, tiny_index: Path, batch_size: int
+) -> None:
+    featurize(dit_folder, digits_folder, tmp_path / "index", **SETTINGS, batch_size=batch_size)
+    assert part_digests(tmp_path / "index") == part_digests(tiny_index)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 5, 80])
+def test_features_differ_by_rounding_only_for_any_micro_batch(
+    tmp_path: Path, dit_folder: Path, digits_folder: Path, tiny_index: Path, micro_batch: int
+) -> None:
+    """The shape of a matrix product decides the order of its sums: bits may differ, by float32 rounding."""
+    settings = SETTINGS | {"feature_dtype": "float32", "weighting": "uniform"}
+    featurize(dit_folder, digits_folder, tmp_path / "a", **settings | {"micro_batch": micro_batch})
+    featurize(dit_folder, digits_folder, tmp_path / "b", **settings)
+    ours, reference = features_by_id(tmp_path / "a"), features_by_id(tmp_path / "b")
+    for i, expected in reference.items():
+        assert (ours[i] - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize("noise", ["shared", "independent"])
+def test_features_are_the_same_bits_in_any_order_of_the_dataset(
+    tmp_path: Path, dit_folder: Path, digits_folder: Path, noise: str
+) -> None:
+    dataset = with_ids(digits_folder)
+    settings = SETTINGS | {"noise": noise, "id_column": "number"}
+    featurize(dit_folder, dataset, tmp_path / "a", **settings)
+    featurize(dit_folder, dataset.shuffle(seed=1), tmp_path / "b", **settings)
+    first, second = features_by_id(tmp_path / "a"), features_by_id(tmp_path / "b")
+    assert list(first) != list(second)
+    assert all(torch.equal(first[i], second[i]) for i in first)
+
+
+def test_independent_noise_differs_between_examples_and_shared_does_not(dit_folder: Path) -> None:
+    teacher = load_teacher(dit_folder, device="cpu")
+    for noise, same in (("shared", True), ("independent", False)):
+        estimator = build_estimator(teacher, FeaturizeConfig.from_flat(SETTINGS | {"noise": noise}), 4, None)
+        draws = estimator.draws([5, 6]).expand(2)
+        assert bool(torch.equal(draws.noise[0], draws.noise[1])) is same
+
+
+def test_the_same_settings_again_do_nothing_and_others_are_refused(
+    tmp_path: Path, dit_folder: Path, digits_folder: Path, tiny_index: Path
+) -> None:
+    index = tmp_path / "index"
+    shutil.copytree(tiny_index, index)
+    changed = {file: file.stat().st_mtime_ns for file in (index / "features").iterdir()}
+    featurize(dit_folder, digits_folder, index, **SETTINGS, batch_size=3)
+    assert {file: file.stat().st_mtime_ns for file in (index / "features").iterdir()} == changed
+    with pytest.raises(StoreMismatchError, match=r"config.num_draws: stored 4, requested 8"):
+        featurize(dit_folder, digits_folder, index, **SETTINGS | {"num_draws": 8})
+
+
+def test_another_teacher_is_refused(
+    tmp_path: Path, dit_sigma_folder: Path, digits_folder: Path, tiny_index: Path
+) -> None:
+    shutil.copytree(tiny_index, tmp_path / "index")
+    with pytest.raises(StoreMismatchError, match="teacher.fingerprint: stored"):
+        featurize(dit_sigma_folder, digits_folder, tmp_path / "index", **SETTINGS)
+
+
+def test_another_dataset_is_refused(tmp_path: Path, dit_folder: Path, digits_folder: Path, tiny_index: Path) -> None:
+    shutil.copytree(tiny_index, tmp_path / "index")
+    shutil.copytree(digits_folder, tmp_path / "digits")
+    next((tmp_path / "digits").rglob("*.png")).unlink()
+    with pytest.raises(StoreMismatchError, match="dataset.num_examples: stored 20, requested 19"):
+        featurize(dit_folder, tmp_path / "digits", tmp_path / "index", **SETTINGS)
+
+
+def test_a_missing_part_is_made_again_with_the_same_bytes(
+    tmp_path: Path, dit_folder: Path, digits_folder: Path, tiny_index: Path
+) -> None:
+    index = tmp_path / "index"
+    shutil.copytree(tiny_index, index)
+    (index / "features" / "part-000001.safetensors").unlink()
+    featurize(dit_folder, digits_folder, index, **SETTINGS)
+    assert part_digests(index) == part_digests(tiny_index)
+
+
+WORKER = """
+import sys, torch
+torch.set_num_threads(1)
+from tests.conftest import SETTINGS
+from carv_attrib import featurize
+print("ready", flush=True)
+featurize(sys.argv[1], sys.argv[2], sys.argv[3], **SETTINGS | {"num_draws": 64, "part_size": 2})
+print("done", flush=True)
+"""
+
+
+def run_worker(arguments: list[str], kill_after: float | None) -> bool:
+    """Run the worker, kill it so many seconds after it is ready; return whether it ended by itself."""
+    command = [sys.executable, "-c", WORKER, *arguments]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True
+    ) as worker:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "ready\n"
+        if kill_after is not None:
+            time.sleep(kill_after)
+            worker.send_signal(signal.SIGKILL)
+        return worker.stdout.readline() == "done\n"
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(
+    tmp_path: Path, dit_folder: Path, digits_folder: Path
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    started = time.monotonic()
+    assert run_worker([str(dit_folder), str(digits_folder), str(whole)], None)
+    longest = 0.5 * (time.monotonic() - started)
+    moments = random.Random(0)
+    progress = []
+    for _ in range(5):
+        run_worker([str(dit_folder), str(digits_folder), str(killed)], moments.uniform(0, longest))
+        progress.append(len(list((killed / "features").glob("part-*"))) if killed.exists() else 0)
+    assert run_worker([str(dit_folder), str(digits_folder), str(killed)], None)
+    assert part_digests(killed) == part_digests(whole)
+    assert [p.name for p in killed.rglob("*.tmp")] == []
+    assert (killed / "manifest.json").read_bytes() == (whole / "manifest.json").read_bytes()
+    assert progress == sorted(progress)
+
+
+def broken_digits(digits_folder: Path, tmp_path: Path) -> tuple[Path, str]:
+    folder = tmp_path / "broken"
+    shutil.copytree(digits_folder, folder)
+    victim = sorted(folder.rglob("*.png"))[9]
+    victim.write_text("not a picture")
+    return folder, str(victim.relative_to(folder))
+
+
+def test_a_bad_image_stops_the_run_and_nothing_that_was_done_is_lost(
+    tmp_path: Path, dit_folder: Path, digits_folder: Path, tiny_index: Path
+) -> None:
+    folder, victim = broken_digits(digits_folder, tmp_path)
+    settings = SETTINGS | {"weighting": "uniform"}  # no pilot: the first part is done before the bad image is met
+    with pytest.raises(BadImageError, match=victim):
+        featurize(dit_folder, folder, tmp_path / "index", **settings)
+    assert FeatureStore.open(tmp_path / "index").missing_parts() == [1, 2]
+
+
+def test_skip_bad_records_the_image_and_goes_on(
+    tmp_path: Path, dit_folder: Path, digits_folder: Path, tiny_index: Path
+) -> None:
+    folder, victim = broken_digits(digits_folder, tmp_path)
+    store = featurize(dit_folder, folder, tmp_path / "index", **SETTINGS, skip_bad=True)
+    assert (len(store.ids), store.num_skipped()) == (19, 1)
+    (record,) = [r for part in store.parts for r in store.read_records(part) if r.error]
+    assert (record.id, record.key) == (9, victim)
+    assert victim in str(record.error)
+    assert store.verify() == []
+
+
+def test_a_dataset_of_bad_images_only_says_so(tmp_path: Path, dit_folder: Path) -> None:
+    for name in ("0/a.png", "1/b.png"):
+        (tmp_path / "digits" / name).parent.mkdir(parents=True)
+        (tmp_path / "digits" / name).write_text("no")
+    with pytest.raises(DataError, match="none of 2 pilot examples of .* could be read: 0/a.png|1/b.png"):
+        featurize(dit_folder, tmp_path / "digits", tmp_path / "index", **SETTINGS, skip_bad=True)
+
+
+def test_a_class_conditional_teacher_needs_labels(tmp_path: Path, dit_folder: Path, digits_folder: Path) -> None:
+    shutil.copytree(digits_folder / "0", tmp_path / "flat")
+    with pytest.raises(DataError, match="needs class labels, but .* has none; name a `label_column`"):
+        featurize(dit_folder, tmp_path / "flat", tmp_path / "index", **SETTINGS)
+
+
+def test_a_text_conditional_teacher_needs_captions(tmp_path: Path, sd_folder: Path, digits_folder: Path) -> None:
+    with pytest.raises(DataError, match="needs captions, but .* has none; name a `caption_column`"):
+        featurize(sd_folder, digits_folder, tmp_path / "index", **SETTINGS)
+
+
+def test_a_label_that_the_teacher_does_not_have_names_the_example(tmp_path: Path, dit_folder: Path) -> None:
+    with pytest.raises(DataError, match=r"digit \d+ has label \d, but the teacher's classes are 0 to 2"):
+        featurize(dit_folder, "digits", tmp_path / "index", **SETTINGS)
+
+
+def test_a_text_conditional_teacher_and_an_unconditional_one_run_end_to_end(
+    tmp_path: Path, sd_folder: Path, ddpm_folder: Path, digits_folder: Path
+) -> None:
+    dataset = with_ids(digits_folder).add_column("text", ["re a digit"] * 20)
+    for teacher in (sd_folder, ddpm_folder):
+        store = featurize(teacher, dataset, tmp_path / teacher.name, **SETTINGS)
+        assert len(store.ids) == 20
+        assert store.verify() == []
+
+
+def test_a_gradient_that_is_not_finite_names_the_example() -> None:
+    draws = torch.zeros(3, 4, 2)
+    draws[1, 2, 0] = float("inf")
+    with pytest.raises(NonFiniteGradientError, match="gradient of example 'b.png' is not finite at draw 2"):
+        check_finite(draws, ["a.png", "b.png", "c.png"])
+
+
+def test_a_teacher_with_nan_weights_stops_the_run(tmp_path: Path, dit_folder: Path, digits_folder: Path) -> None:
+    teacher = load_teacher(dit_folder, device="cpu")
+    next(teacher.denoiser.parameters()).data.fill_(float("nan"))
+    with pytest.raises(NonFiniteGradientError, match="is not finite at draw 0"):
+        featurize(teacher, digits_folder, tmp_path / "index", **SETTINGS | {"weighting": "uniform"})
+
+
+def test_the_dtype_of_a_loaded_teacher_is_recorded(tmp_path: Path, dit_folder: Path, digits_folder: Path) -> None:
+    teacher = load_teacher(dit_folder, device="cpu", dtype="float64")
+    store = featurize(teacher, digits_folder, tmp_path / "index", **SETTINGS)
+    assert store.manifest["config"]["dtype"] == "float64"
+
+
+def test_bands_and_halves_average_the_right_draws() -> None:
+    draws = torch.arange(8.0).view(1, 8, 1)
+    config = EstimatorConfig(num_draws=8, num_bands=2)
+    assert average_bands(draws, config).flatten(1).tolist() == [[1.0, 2.0, 5.0, 6.0]]  # (0, 2), (1, 3), (4, 6), (5, 7)
+    pairs = EstimatorConfig(num_draws=8, num_bands=2, scheme="antithetic")
+    assert average_bands(draws, pairs).flatten(1).tolist() == [[0.5, 2.5, 4.5, 6.5]]  # pairs stay together
+    assert average_bands(draws, EstimatorConfig(num_draws=8, num_bands=8)).shape == (1, 8, 1, 1)
+
+
+def encoded_digits(teacher: Any, digits_folder: Path, num: int, micro_batch: int = 16) -> Encoded:
+    digits = open_dataset(digits_folder)
+    from carv_attrib.data import to_pixels
+
+    examples = [digits.load(row) for row in range(num)]
+    pixels = torch.stack([to_pixels(x.image, teacher.pixel_spec) for x in examples])
+    return encode(teacher, pixels, [x.label for x in examples], None, micro_batch=micro_batch)
+
+
+def test_encoding_does_not_depend_on_how_many_are_encoded_together(dit_folder: Path, digits_folder: Path) -> None:
+    teacher = load_teacher(dit_folder, device="cpu")
+    many, few = encoded_digits(teacher, digits_folder, 7, 4), encoded_digits(teacher, digits_folder, 2, 4)
+    assert torch.equal(many.latents[:2], few.latents)
+    assert many.condition["class_labels"].shape == (7,)
+
+
+def test_the_pilot_finds_the_profile_of_gradient_norms(dit_folder: Path, digits_folder: Path) -> None:
+    """Against norms of unprojected gradients: the DiT's proj_out_2 alone, at a rank that keeps everything."""
+    teacher = load_teacher(dit_folder, device="cpu", dtype="float64")
+    settings = SETTINGS | {"layers": ["proj_out_2"], "rank": 64, "proj_dim": 10_000}
+    estimator = build_estimator(teacher, FeaturizeConfig.from_flat(settings), 16, None)
+    encoded = encoded_digits(teacher, digits_folder, 20)
+    profile = measure_profile(estimator, encoded, [""] * 20)
+    curve = profile.at_every_timestep(100)
+    rng = torch.Generator().manual_seed(1)
+    layer = teacher.denoiser.get_submodule("proj_out_2").requires_grad_(True)
+    for low, high in ((0, 20), (80, 100)):
+        squares = []
+        for i in range(120):
+            example, timestep = i % 20, torch.randint(low, high, (1,), generator=rng)
+            latents, noise = encoded.latents[[example]], torch.randn(1, 2, 4, 4, generator=rng).double()
+            condition = {"class_labels": encoded.condition["class_labels"][[example]]}
+            output = teacher.predict(teacher.noise_schedule.add_noise(latents, noise, timestep), timestep, condition)
+            gradients = torch.autograd.grad((output - noise).square().mean(), list(layer.parameters()))
+            squares.append(sum(float(g.square().sum()) for g in gradients))
+        error = np.std(squares) / len(squares) ** 0.5
+        assert abs(np.mean(squares) - float(curve[low:high].square().mean())) < 4 * 2**0.5 * error
+
+
+def test_balanced_weighting_is_the_inverse_profile_and_proposals_follow_it(dit_folder: Path) -> None:
+    teacher = load_teacher(dit_folder, device="cpu")
+    profile = GradientProfile((10.0, 90.0), (4.0, 1.0))
+
+    def estimator(**settings: str) -> Any:
+        return build_estimator(teacher, FeaturizeConfig.from_flat(SETTINGS | settings), 4, profile)
+
+    curve = profile.at_every_timestep(100)
+    assert curve[[0, 10, 50, 90, 99]].tolist() == pytest.approx([4, 4, 2, 1, 1])
+    torch.testing.assert_close(estimator().weighting, 1 / curve)
+    torch.testing.assert_close(estimator(weighting="uniform").weighting, torch.ones(100).double())
+    flat = torch.full((100,), 0.01).double()
+    torch.testing.assert_close(estimator(proposal="pilot").proposal.density, flat)  # balanced: already flat
+    sloped = estimator(proposal="pilot", weighting="uniform").proposal.density
+    torch.testing.assert_close(sloped, 0.9 * curve / curve.sum() + 0.1 * flat)
+    torch.testing.assert_close(
+        estimator(proposal="weight").proposal.density, 0.9 * (1 / curve) / (1 / curve).sum() + 0.1 * flat
+    )
+
+
+def test_zero_gradients_are_an_error_not_a_weighting(dit_folder: Path, digits_folder: Path) -> None:
+    teacher = load_teacher(dit_folder, device="cpu")
+    for parameter in teacher.denoiser.parameters():
+        parameter.data.zero_()
+    estimator = build_estimator(teacher, FeaturizeConfig.from_flat(SETTINGS | {"layers": ["*attn*"]}), 16, None)
+    with pytest.raises(TeacherError, match="gradient is zero for every pilot example; choose other `layers`"):
+        measure_profile(estimator, encoded_digits(teacher, digits_folder, 2), ["", ""])
+
+
+def test_mean_feature_over_seeds_meets_the_mean_over_all_timesteps(dit_folder: Path, digits_folder: Path) -> None:
+    """Unbiased end to end, importance weights and weighting included, against a long reference."""
+    teacher = load_teacher(dit_folder, device="cpu")
+    profile = GradientProfile((10.0, 90.0), (1.0, 3.0))
+    encoded = encoded_digits(teacher, digits_folder, 1)
+
+    one_projector = build_estimator(
+        teacher, FeaturizeConfig.from_flat({"proj_dim": 4, "rank": 2}), 8, profile
+    ).projector
+
+    def features(num_draws: int, seed: int, **settings: Any) -> torch.Tensor:
+        config = FeaturizeConfig.from_flat({"num_draws": num_draws, "num_bands": 1, "seed": seed} | settings)
+        estimator = replace(build_estimator(teacher, config, min(64, num_draws), profile), projector=one_projector)
+        return estimator.features(encoded, [0])[0].double()
+
+    reference = features(8192, seed=99)
+    truth, truth_error = reference.mean(0), reference.std(0) / 8192**0.5
+    for scheme in ("iid", "stratified", "antithetic"):
+        for proposal in ("uniform", "weight", "pilot"):
+            runs = [features(8, seed, scheme=scheme, proposal=proposal).mean(0) for seed in range(60)]
+            means = torch.stack(runs)
+            error = (means.var(0) / len(means) + truth_error**2).sqrt()
+            assert ((means.mean(0) - truth).abs() < 4 * error).all(), (scheme, proposal)
+
+
+def test_output_without_permission_is_one_line(tmp_path: Path, dit_folder: Path, digits_folder: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Exception, match=r"`output` .* cannot be written: Not a directory") as caught:
+        featurize(dit_folder, digits_folder, tmp_path / "file" / "index", **SETTINGS | {"weighting": "uniform"})
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_settings_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="unknown setting 'num_draw'"):
+        featurize("nowhere", "nothing", tmp_path / "index", num_draw=3)
+
+
+def test_pictures_of_other_sizes_and_modes_become_what_the_teacher_takes(
+    tmp_path: Path, ddpm_folder: Path, digits_folder: Path
+) -> None:
+    (tmp_path / "mixed").mkdir()
+    picture = Image.open(next(digits_folder.rglob("*.png")))
+    for mode in ("L", "RGB", "RGBA", "P", "1", "CMYK"):
+        picture.resize((20, 11)).convert(mode).save(tmp_path / "mixed" / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}")
+    store = featurize(ddpm_folder, tmp_path / "mixed", tmp_path / "index", **SETTINGS)
+    assert len(store.ids) == 6

@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from carv_attrib.errors import StoreCorruptError, StoreError, StoreMismatchError
+from carv_attrib.store import FeatureStore, PartFeatures, Record, atomic_file, concatenate, feeds_kernel
+
+MANIFEST = {
+    "config": {"part_size": 4, "num_bands": 2, "num_draws": 4, "feature_dtype": "float16"},
+    "dataset": {"num_examples": 10, "fingerprint": "d"},
+    "teacher": {"fingerprint": "t"},
+    "num_replicates": 2,
+    "proj_dim": 6,
+}
+
+
+def part_of(ids: list[int], seed: int = 0) -> PartFeatures:
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randn(len(ids), 4, 6, generator=generator) * torch.logspace(-9, 3, len(ids))[:, None, None]
+    return PartFeatures(torch.tensor(ids), draws.view(-1, 2, 2, 6), torch.tensor(ids)[1:], draws[1:])
+
+
+def records_of(ids: list[int]) -> list[Record]:
+    return [Record(i, f"file {i}", i % 3, None, b"png") for i in ids]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FeatureStore:
+    store = FeatureStore.create(tmp_path / "index", MANIFEST)
+    for part in range(3):
+        ids = list(store.part_rows(part))
+        store.write_part(part, part_of(ids, part), records_of(ids))
+    return FeatureStore.open(store.path)
+
+
+def test_parts_cover_every_row_once(store: FeatureStore) -> None:
+    assert [list(store.part_rows(part)) for part in range(store.num_parts)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert store.ids.tolist() == list(range(10))
+    assert store.missing_parts() == []
+
+
+def test_float16_features_keep_a_relative_precision_at_any_magnitude(store: FeatureStore) -> None:
+    expected, read = part_of([0, 1, 2, 3]), store.read_part(0)
+    error = (read.features - expected.features).abs().amax(-1) / expected.features.abs().amax(-1)
+    assert error.max() < 2**-11
+    assert torch.equal(read.kernel_ids, expected.kernel_ids)
+    assert (
+        (read.kernel_draws - expected.kernel_draws).abs().amax(-1) / expected.kernel_draws.abs().amax(-1)
+    ).max() < 2**-11
+
+
+def test_float32_features_come_back_exactly(tmp_path: Path) -> None:
+    manifest = MANIFEST | {"config": MANIFEST["config"] | {"feature_dtype": "float32"}}
+    store = FeatureStore.create(tmp_path / "index", manifest)
+    store.write_part(0, part_of([0, 1, 2, 3]), records_of([0, 1, 2, 3]))
+    assert torch.equal(store.read_part(0).features, part_of([0, 1, 2, 3]).features)
+    assert torch.equal(store.read_features([2, 0]), part_of([0, 1, 2, 3]).features[[2, 0]])
+
+
+def test_features_at_positions_come_in_the_order_that_was_asked_for(store: FeatureStore) -> None:
+    everything = torch.cat([store.read_part(part).features for part in store.parts])
+    positions = [9, 0, 5, 4, 3]
+    assert torch.equal(store.read_features(positions), everything[positions])
+
+
+def test_records_are_found_by_id(store: FeatureStore) -> None:
+    assert store.find_records([9, 2]) == {2: records_of([2])[0], 9: records_of([9])[0]}
+
+
+def test_a_part_whose_examples_were_all_skipped_is_done_and_empty(tmp_path: Path) -> None:
+    store = FeatureStore.create(tmp_path / "index", MANIFEST)
+    store.write_part(0, None, [Record(i, str(i), None, None, b"", "damaged") for i in range(4)])
+    store = FeatureStore.open(store.path)
+    assert (store.missing_parts(), len(store.ids), store.num_skipped()) == ([1, 2], 0, 4)
+    assert concatenate([]) is None
+
+
+def test_about_the_asked_share_of_examples_feeds_the_kernel_by_id_alone() -> None:
+    ids = torch.arange(100_000)
+    chosen = feeds_kernel(ids, 0.2, seed=1)
+    assert abs(chosen.float().mean() - 0.2) < 4 * (0.2 * 0.8 / 100_000) ** 0.5
+    assert torch.equal(feeds_kernel(ids.flip(0), 0.2, seed=1), chosen.flip(0))
+    assert feeds_kernel(ids, 1.0, seed=1).all()
+
+
+def test_nothing_is_left_of_a_file_whose_writing_failed(tmp_path: Path) -> None:
+    def fail() -> None:
+        with atomic_file(tmp_path / "part") as temporary:
+            temporary.write_text("half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_stops_the_run_with_one_line_and_keeps_what_was_done(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = store.features_path(0).read_bytes()
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("carv_attrib.store.save_file", full)
+    with pytest.raises(
+        StoreError, match=r"part 0 cannot be written to .*No space left on device.*start again"
+    ) as caught:
+        store.write_part(0, part_of([0, 1, 2, 3], 5), records_of([0, 1, 2, 3]))
+    assert "\n" not in str(caught.value)
+    assert store.features_path(0).read_bytes() == before
+
+
+def test_leftovers_of_a_killed_writer_are_removed_by_the_next(store: FeatureStore) -> None:
+    leftover = store.path / "features" / ".part-000001.safetensors.123.tmp"
+    leftover.write_text("half")
+    with store.writing():
+        assert not leftover.exists()
+
+
+def test_a_second_writer_is_refused(store: FeatureStore) -> None:
+    with store.writing(), pytest.raises(StoreError, match="another process is writing to"), store.writing():
+        pass
+
+
+def test_records_without_features_do_not_count_as_done(tmp_path: Path, store: FeatureStore) -> None:
+    store.features_path(1).unlink()
+    assert FeatureStore.open(store.path).missing_parts() == [1]
+
+
+@pytest.mark.parametrize("name", ["somefile", "index.faiss"])
+def test_a_folder_that_holds_something_else_is_not_made_an_index(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("")
+    with pytest.raises(StoreError, match=r"`output` .* exists and is not an index; name a new or an empty folder"):
+        FeatureStore.create(tmp_path, MANIFEST)
+
+
+def test_a_creation_that_was_killed_can_be_repeated(tmp_path: Path) -> None:
+    (tmp_path / "features").mkdir()
+    (tmp_path / ".manifest.json.7.tmp").write_text("half")
+    assert FeatureStore.create(tmp_path, MANIFEST).missing_parts() == [0, 1, 2]
+
+
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"`output` .*file/index cannot be written: Not a directory; choose another"):
+        FeatureStore.create(tmp_path / "file" / "index", MANIFEST)
+
+
+def test_settings_that_differ_are_listed_with_both_values(store: FeatureStore) -> None:
+    requested = {"config": MANIFEST["config"] | {"num_draws": 8}, "teacher": {"fingerprint": "other"}}
+    message = r"config.num_draws: stored 4, requested 8; teacher.fingerprint: stored 't', requested 'other'"
+    with pytest.raises(StoreMismatchError, match=message):
+        store.check_matches(requested)
+    store.check_matches({"config": MANIFEST["config"], "teacher": MANIFEST["teacher"]})
+
+
+def test_opening_a_folder_without_a_manifest_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="is not an index: it has no manifest.json; make one with `carv-attrib feat"):
+        FeatureStore.open(tmp_path)
+
+
+def test_a_damaged_manifest_is_named(store: FeatureStore) -> None:
+    (store.path / "manifest.json").write_text("{")
+    with pytest.raises(StoreCorruptError, match=r"manifest.json is damaged"):
+        FeatureStore.open(store.path)
+
+
+def test_a_newer_format_is_refused(store: FeatureStore) -> None:
+    file = store.path / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 9}))
+    with pytest.raises(StoreError, match="has format version 9, this program reads 1"):
+        FeatureStore.open(store.path)
+
+
+def test_a_whole_store_verifies(store: FeatureStore) -> None:
+    assert store.verify() == []
+
+
+def flip_bit(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("position", [-1, -300, 5])
+def test_one_flipped_bit_in_features_is_found(store: FeatureStore, position: int) -> None:
+    flip_bit(store.features_path(1), position)
+    (problem,) = FeatureStore.open(store.path).verify()
+    assert "part-000001.safetensors" in problem
+
+
+def test_one_flipped_bit_in_records_is_found(store: FeatureStore) -> None:
+    flip_bit(store.examples_path(2), 60)
+    (problem,) = store.verify()
+    assert "part-000002.parquet" in problem
+
+
+def test_missing_truncated_and_swapped_files_are_found(store: FeatureStore) -> None:
+    store.features_path(0).unlink()
+    os.truncate(store.features_path(1), 100)
+    shutil.copy(store.examples_path(0), store.examples_path(2))
+    problems = FeatureStore.open(store.path).verify()
+    assert any("part 0 is missing" in problem for problem in problems)
+    assert any("part-000001.safetensors is damaged" in problem for problem in problems)
+    assert any("part-000002.parquet does not list the examples" in problem for problem in problems)
+
+
+def test_features_of_another_shape_are_refused_when_read(store: FeatureStore) -> None:
+    tensors = load_file(store.features_path(0))
+    save_file(tensors | {"features": tensors["features"][..., :5].contiguous()}, store.features_path(0))
+    with pytest.raises(StoreCorruptError, match=r"does not hold features of shape \(examples, 2, 2, 6\)"):
+        store.read_part(0)
+
+
+def test_nan_in_features_is_found(store: FeatureStore) -> None:
+    part = part_of([0, 1, 2, 3])
+    part.features[0, 0, 0, 0] = float("nan")
+    store.write_part(0, part, records_of([0, 1, 2, 3]))
+    (problem,) = store.verify()
+    assert "holds NaN or infinity" in problem
+
+
+def test_the_same_content_gives_the_same_bytes(store: FeatureStore) -> None:
+    before = [store.features_path(1).read_bytes(), store.examples_path(1).read_bytes()]
+    store.write_part(1, part_of([4, 5, 6, 7], 1), records_of([4, 5, 6, 7]))
+    assert [store.features_path(1).read_bytes(), store.examples_path(1).read_bytes()] == before
