@@ -1,10 +1,12 @@
 # `make demo` and `make test` install everything they need into .venv, and run.
 PYTHON ?= python3
+# Threads that wait must not spin: on a busy machine that costs more than it saves.
+export OMP_WAIT_POLICY = passive
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check test-slow clean
+.PHONY: demo test check docs test-slow clean
 
 demo: $(READY)
 	$(BIN)/carv-attrib demo --output demo-out
@@ -15,7 +17,10 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check
+docs: $(READY)
+	$(BIN)/sphinx-build --quiet -W --keep-going -b html docs docs/_build/html
+
+test: check docs
 	$(BIN)/pytest --cov --cov-report=term-missing:skip-covered
 
 test-slow: $(READY)

@@ -68,15 +68,20 @@ def _attribute_texts(kind: type) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in entries}
 
 
-def score_options(command: Command) -> Command:
-    """Add the flags that choose a score."""
-    for option in (
-        click.option("--damping", type=float, help=f"Relative to the mean eigenvalue. [default: {DEFAULT_DAMPING}]"),
-        click.option("--kernel", type=click.Choice(get_args(KernelKind)), help="[default: draws]"),
-        click.option("--score", type=click.Choice(get_args(ScoreKind)), help="[default: preconditioned]"),
-    ):
-        command = option(command)
-    return command
+def score_options(score: str, kernel: str, damping: str) -> Callable[[Command], Command]:
+    """Return a decorator that adds the flags that choose a score, with these defaults in their help."""
+
+    def add(command: Command) -> Command:
+        command = click.option("--damping", type=float, help=f"Over the mean eigenvalue. [default: {damping}]")(command)
+        command = click.option("--kernel", type=click.Choice(get_args(KernelKind)), help=f"[default: {kernel}]")(
+            command
+        )
+        return click.option("--score", type=click.Choice(get_args(ScoreKind)), help=f"[default: {score}]")(command)
+
+    return add
+
+
+AS_INDEXED = score_options(*["as the index was built"] * 3)
 
 
 @click.group(cls=CarvGroup)
@@ -107,7 +112,7 @@ def featurize(config: Path | None, **flags: Any) -> None:
 
 @main.command()
 @INDEX
-@score_options
+@score_options("preconditioned", "draws", str(DEFAULT_DAMPING))
 def index(index: Path, **choices: Any) -> None:
     """Fit the kernel of INDEX and build its search index, for one score."""
     from carv_attrib.pipeline import build_index
@@ -126,7 +131,7 @@ def index(index: Path, **choices: Any) -> None:
 @click.option("--label", type=int, help="The class that a class-conditional teacher made it for.")
 @click.option("--top-k", type=int, default=10, show_default=True)
 @click.option("--opponents", is_flag=True, help="Also show the examples with the smallest scores.")
-@score_options
+@AS_INDEXED
 @click.option("--teacher", help="Where the teacher lies now, if it was moved.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--report", type=click.Path(path_type=Path), help="Write a web page in one file.")

@@ -124,10 +124,10 @@ class DataConfig:
 
     Attributes:
         split: of a dataset that has several.
-        image_column: column of pictures; None: found by type and name.
-        label_column: column of class labels; None: found by type and name.
-        caption_column: column of texts; None: found by type and name.
-        id_column: column of whole numbers that name the examples; None: the row number.
+        image_column: column of pictures; by default found by type and name.
+        label_column: column of class labels; by default found by type and name.
+        caption_column: column of texts; by default found by type and name.
+        id_column: column of whole numbers that name the examples; by default they are the row numbers.
     """
 
     split: str = "train"
@@ -163,7 +163,7 @@ class ExecutionConfig:
 
     Attributes:
         batch_size: examples that are read and held at once.
-        micro_batch: rows of every network call, always full; None: chosen from the size of the latents.
+        micro_batch: rows of every network call, always full; by default chosen from the size of the latents.
         device: auto, cpu, cuda, cuda:1, mps.
         skip_bad: record unreadable images and go on, instead of stopping.
     """

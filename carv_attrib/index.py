@@ -21,6 +21,9 @@ from carv_attrib.errors import StoreCorruptError, StoreError
 from carv_attrib.kernel import Kernel, KernelKind, ScoreKind
 from carv_attrib.store import FeatureStore, atomic_file
 
+FILES = ("kernel.safetensors", "index.faiss")
+"""Files that belong to an index, besides `index.json`, which is written last and has their checksums."""
+
 
 @dataclass(frozen=True)
 class IndexSettings:
@@ -94,18 +97,19 @@ class FeatureIndex:
         return positions
 
     def save(self, folder: Path) -> None:
-        """Write `index.faiss` and then `index.json`, with its checksum, to the folder of a store."""
+        """Write the kernel, `index.faiss` and then `index.json`, with their checksums, to the folder of a store."""
         import faiss
 
+        self._kernel.save(folder / "kernel.safetensors")
         with atomic_file(folder / "index.faiss") as temporary:
             faiss.write_index(self._faiss, str(temporary))
-        settings = asdict(self.settings) | {"sha256": _file_digest(folder / "index.faiss")}
+        settings = asdict(self.settings) | {"sha256": {name: _file_digest(folder / name) for name in FILES}}
         with atomic_file(folder / "index.json") as temporary:
             temporary.write_text(json.dumps(settings, indent=1) + "\n")
 
     @staticmethod
     def load(store: FeatureStore, kernel: Kernel) -> FeatureIndex:
-        """Return the index in a store's folder; its checksum is compared before FAISS reads it.
+        """Return the index in a store's folder, whose checksum was compared before FAISS reads it.
 
         Raises:
             StoreError: if there is none, or it is not of this store.
@@ -136,20 +140,20 @@ def read_index_settings(store: FeatureStore) -> IndexSettings:
         StoreCorruptError: if it is damaged.
     """
     path = store.path / "index.json"
+    way_out = "run featurize again to the end" if store.missing_parts() else f"run `carv-attrib index {store.path}`"
     if not path.is_file():
-        raise StoreError(f"{store.path} has no index yet; run `carv-attrib index {store.path}`.")
+        raise StoreError(f"{store.path} has no index yet; {way_out}.")
     try:
         content = json.loads(path.read_text())
         expected = content.pop("sha256")
         settings = IndexSettings(**content)
-        if _file_digest(store.path / "index.faiss") != expected:
-            raise StoreCorruptError(
-                f"{store.path / 'index.faiss'} is damaged: its checksum does not match; index again."
-            )
+        for name in FILES:
+            if _file_digest(store.path / name) != expected[name]:
+                raise StoreCorruptError(f"{store.path / name} is damaged: its checksum does not match; {way_out}.")
     except (OSError, ValueError, KeyError, TypeError) as err:
-        raise StoreCorruptError(f"{path} is damaged: {err}; run `carv-attrib index {store.path}`.") from err
+        raise StoreCorruptError(f"{path} is damaged: {err}; {way_out}.") from err
     if settings.ids_sha256 != ids_digest(store):
-        raise StoreError(f"the index in {store.path} is of other examples; run `carv-attrib index {store.path}`.")
+        raise StoreError(f"the index in {store.path} is of other examples; {way_out}.")
     return settings
 
 

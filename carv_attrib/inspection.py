@@ -28,7 +28,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "bytes": sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file()),
         "teacher": manifest["teacher"]["source"],
         "dataset": manifest["dataset"]["source"],
-        "layers": len(manifest["layers"]),
+        "attributed_layers": len(manifest["layers"]),
         "feature_shape": "{num_bands} bands x {num_replicates} halves x {proj_dim}".format(
             **manifest["config"] | manifest
         ),

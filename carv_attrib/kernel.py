@@ -110,9 +110,10 @@ def similarity(
     """Return scores and their Monte-Carlo standard errors, of features in the kernel's eigenbasis.
 
     The draws of each band are kept in two halves where there are enough of them. The scores of the halves differ by
-    chance alone, so `sum over bands of (difference / 2)^2 / B^2` estimates the variance of the score: without bias to
-    first order in the noise, from above to second order. With one half a band the successive differences of the bands
-    take its place, which also hold the trend over timesteps (too large); with one band nothing does (NaN).
+    chance (and, alternate draws being of neighbouring strata, a little by the trend between those), so
+    `sum over bands of (difference / 2)^2 / B^2` estimates the variance of the score: without bias to first order in
+    the noise of iid draws, from above to second order and for strata. With one half a band the successive differences
+    of the bands take its place, which also hold the trend over timesteps (too large); with one band nothing (NaN).
     """
     num_bands, num_replicates = train.shape[1:3]
     query, train = query * inverse.sqrt(), train * inverse.sqrt()

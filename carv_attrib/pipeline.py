@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 from carv_attrib.batches import check_columns, encode_batch, read_batch
 from carv_attrib.config import FeaturizeConfig
 from carv_attrib.data import ExampleDataset, open_dataset
+from carv_attrib.errors import StoreError
 from carv_attrib.estimator import Estimator, average_bands, check_finite
-from carv_attrib.index import FeatureIndex
+from carv_attrib.index import FeatureIndex, read_index_settings
 from carv_attrib.kernel import DEFAULT_DAMPING, KernelKind, ScoreKind, fit_kernel
 from carv_attrib.manifest import open_or_create
 from carv_attrib.progress import progress
 from carv_attrib.store import FeatureStore, PartFeatures, Record, concatenate, feeds_kernel
-from carv_attrib.teacher import Teacher, placement
+from carv_attrib.teacher import Teacher, loaded_placement
 from carv_attrib.teachers import load_teacher
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def featurize(
         NonFiniteGradientError: for a gradient with NaN or infinity, naming the example.
     """
     if not isinstance(teacher, str | Path):
-        settings["dtype"] = str(placement(teacher)[1]).removeprefix("torch.")
+        settings = settings | loaded_placement(teacher, settings)
     config = FeaturizeConfig.from_flat(settings)
     if isinstance(teacher, str | Path):
         teacher = load_teacher(teacher, device=config.execution.device, dtype=config.storage.dtype)
@@ -58,7 +59,7 @@ def featurize(
             for part in store.missing_parts():
                 features, records = featurize_rows(estimator, examples, store.part_rows(part), config, advance)
                 store.write_part(part, features, records)
-        build_index(store)
+        ensure_index(store)
     return store
 
 
@@ -86,6 +87,14 @@ def featurize_rows(
     return concatenate(pieces), records
 
 
+def ensure_index(store: FeatureStore) -> None:
+    """Build the index unless there is a whole one of these examples, whatever the score it was built for."""
+    try:
+        read_index_settings(store)
+    except StoreError:
+        build_index(store)
+
+
 def build_index(
     store: FeatureStore,
     *,
@@ -101,6 +110,5 @@ def build_index(
     """
     fitted = fit_kernel(store, kernel)
     index = FeatureIndex.build(store, fitted, score=score, damping=damping)
-    fitted.save(store.path / "kernel.safetensors")
     index.save(store.path)
     return index

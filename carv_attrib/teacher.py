@@ -64,6 +64,20 @@ def placement(teacher: Teacher) -> tuple[torch.device, torch.dtype]:
     return parameter.device, parameter.dtype
 
 
+def loaded_placement(teacher: Teacher, settings: Mapping[str, object]) -> dict[str, str]:
+    """Return the `device` and `dtype` settings of a teacher that is loaded already.
+
+    Raises:
+        ArgumentError: if `settings` ask for others.
+    """
+    device, dtype = placement(teacher)
+    loaded = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+    for name, value in loaded.items():
+        if settings.get(name, value) not in (value, "auto"):
+            raise ArgumentError(f"`{name}` is {value} for the loaded teacher, got {settings[name]!r}; leave it out.")
+    return loaded
+
+
 def build_condition(
     teacher: Teacher, labels: Sequence[int | None] | None, prompts: Sequence[str | None] | None
 ) -> Condition:

@@ -42,7 +42,7 @@ def unet_teacher() -> Teacher:
         sample_size=16,
         in_channels=4,
         out_channels=4,
-        block_out_channels=(64, 128, 192),
+        block_out_channels=(64, 96, 128),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),

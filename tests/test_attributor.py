@@ -199,10 +199,15 @@ def test_other_random_streams_are_refused(
 
 
 def test_an_index_can_be_built_again_for_another_score(
-    tmp_path: Path, tiny_index: Path, pictures: list[tuple[Image.Image, int]]
+    tmp_path: Path,
+    tiny_index: Path,
+    dit_folder: Path,
+    digits_folder: Path,
+    pictures: list[tuple[Image.Image, int]],
 ) -> None:
     shutil.copytree(tiny_index, tmp_path / "index")
     build_index(FeatureStore.open(tmp_path / "index"), score="cosine", kernel="means", damping=0.5)
+    featurize(dit_folder, digits_folder, tmp_path / "index", **SETTINGS)  # nothing to do: leaves the index alone
     result = Attributor.open(tmp_path / "index", device="cpu").query(pictures[0][0], label=0)
     assert (result.settings["score"], result.settings["kernel"]) == ("cosine", "means")
     assert "damping" not in result.settings

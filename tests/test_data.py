@@ -748,7 +748,7 @@ def test_opening_reads_no_image(tmp_path, monkeypatch):
 
 def test_progress_bars_are_as_before(tmp_path, capfd):
     image_folder(tmp_path, ["a.png"])
-    assert not datasets.are_progress_bars_disabled()
+    datasets.enable_progress_bars()
     open_dataset(tmp_path)
     assert not datasets.are_progress_bars_disabled()
     assert capfd.readouterr() == ("", "")

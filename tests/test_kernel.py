@@ -206,8 +206,13 @@ def test_an_index_is_checked_before_it_is_read(store: FeatureStore) -> None:
         read_index_settings(store)
     FeatureIndex.build(store, fit_kernel(store), score="dot", damping=0.2).save(store.path)
     faiss_file = store.path / "index.faiss"
-    faiss_file.write_bytes(faiss_file.read_bytes()[:-1] + b"x")
+    whole = faiss_file.read_bytes()
+    faiss_file.write_bytes(whole[:-1] + b"x")
     with pytest.raises(StoreCorruptError, match=r"index.faiss is damaged: its checksum does not match"):
+        read_index_settings(store)
+    faiss_file.write_bytes(whole)
+    fit_kernel(store, "means").save(store.path / "kernel.safetensors")
+    with pytest.raises(StoreCorruptError, match=r"kernel.safetensors is damaged: its checksum does not match"):
         read_index_settings(store)
     (store.path / "index.json").write_text("{}")
     with pytest.raises(StoreCorruptError, match=r"index.json is damaged"):
@@ -217,5 +222,5 @@ def test_an_index_is_checked_before_it_is_read(store: FeatureStore) -> None:
 def test_an_index_of_other_examples_is_refused(store: FeatureStore) -> None:
     FeatureIndex.build(store, fit_kernel(store), score="dot", damping=0.2).save(store.path)
     store.features_path(2).unlink()
-    with pytest.raises(StoreError, match="is of other examples; run `carv-attrib index"):
+    with pytest.raises(StoreError, match="is of other examples; run featurize again to the end"):
         read_index_settings(FeatureStore.open(store.path))

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -34,6 +36,7 @@ def load_teacher(source: str | Path, *, device: str = "auto", dtype: TeacherDtyp
     """
     check_choice("dtype", dtype, TeacherDtype)
     folder = _local_folder(str(source))
+    source = str(folder.resolve()) if folder == Path(source) else str(source)  # a relative path is of no use later
     name = _pipeline_class(folder)
     families = {pipeline: module for module in _families() for pipeline in module.PIPELINES}
     if name not in families:
@@ -43,7 +46,8 @@ def load_teacher(source: str | Path, *, device: str = "auto", dtype: TeacherDtyp
     _check_weights(folder)
     place = resolve_device(device)
     try:
-        teacher: Teacher = families[name].load(folder, str(source), place, getattr(torch, dtype))
+        with _quiet_diffusers():
+            teacher: Teacher = families[name].load(folder, source, place, getattr(torch, dtype))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as err:
         raise TeacherError(f"{source} cannot be loaded as a {name}: {' '.join(str(err).split())}") from err
     return teacher
@@ -63,6 +67,20 @@ def resolve_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as err:
         raise ArgumentError(f"`device` {device!r} cannot be used here; use auto or cpu.") from err
     return resolved
+
+
+@contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """Hide the progress bars of diffusers, and leave them as they were."""
+    from diffusers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _families() -> list[ModuleType]:
