@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -65,8 +67,10 @@ class Kernel:
     def save(self, path: Path) -> None:
         """Write the kernel to a safetensors file, atomically."""
         tensors = {"eigenvalues": self.eigenvalues, "eigenvectors": self.eigenvectors.contiguous()}
+        # one entry of metadata: safetensors writes several in any order
+        about = json.dumps({"kind": self.kind, "num_vectors": self.num_vectors})
         with atomic_file(path) as temporary:
-            save_file(tensors, temporary, metadata={"kind": self.kind, "num_vectors": str(self.num_vectors)})
+            save_file(tensors, temporary, metadata={"kernel": about})
 
 
 def fit_kernel(store: FeatureStore, kind: KernelKind = "draws") -> Kernel:
@@ -84,8 +88,20 @@ def fit_kernel(store: FeatureStore, kind: KernelKind = "draws") -> Kernel:
         num_vectors += len(vectors)
     if num_vectors == 0:
         raise StoreError(f"{store.path} holds no features yet; run featurize first.")
-    eigenvalues, eigenvectors = torch.linalg.eigh(gram / num_vectors)
+    with _one_thread():
+        eigenvalues, eigenvectors = torch.linalg.eigh(gram / num_vectors)
     return Kernel(kind, eigenvalues.clamp(min=0), eigenvectors, num_vectors)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute with one thread: the last bits of an eigenvector depend on how many there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _draws(store: FeatureStore) -> Iterable[Float64[Tensor, "vectors d"]]:
@@ -144,9 +160,8 @@ def load_kernel(path: Path) -> Kernel:
 
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
+            about = json.loads(file.metadata()["kernel"])
         tensors = load_file(path)
-        kind, num_vectors = metadata["kind"], int(metadata["num_vectors"])
-        return Kernel(kind, tensors["eigenvalues"], tensors["eigenvectors"], num_vectors)
+        return Kernel(about["kind"], tensors["eigenvalues"], tensors["eigenvectors"], about["num_vectors"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as err:
         raise StoreCorruptError(f"{path} is damaged: {err}; run `carv-attrib index`.") from err
