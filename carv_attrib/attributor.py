@@ -19,7 +19,7 @@ from torch import Tensor
 from carv_attrib.config import FeaturizeConfig, check_at_least, check_choice
 from carv_attrib.data import open_image, thumbnail, to_pixels
 from carv_attrib.errors import ArgumentError
-from carv_attrib.estimator import Estimator, average_bands, check_finite, encode
+from carv_attrib.estimator import Estimator, average_bands, check_finite
 from carv_attrib.index import FeatureIndex, IndexSettings, read_index_settings
 from carv_attrib.kernel import Kernel, KernelKind, ScoreKind, fit_kernel, load_kernel, similarity
 from carv_attrib.manifest import restore_estimator
@@ -67,7 +67,7 @@ class Attributor:
 
     @cached_property
     def estimator(self) -> Estimator:
-        """The estimator of the index, with its teacher.
+        """The estimator of the index, with its teacher; a network call is about one picture, however many are asked.
 
         Raises:
             TeacherError: if the teacher cannot be loaded.
@@ -76,7 +76,9 @@ class Attributor:
         teacher = self._teacher
         if isinstance(teacher, str | Path):
             teacher = load_teacher(teacher, device=self._device, dtype=self.store.manifest["config"]["dtype"])
-        return restore_estimator(teacher, self.store.manifest)
+        manifest = self.store.manifest
+        one_picture = min(manifest["micro_batch"], manifest["config"]["num_draws"])
+        return restore_estimator(teacher, manifest, micro_batch=one_picture)
 
     def query(
         self,
@@ -223,7 +225,7 @@ class Attributor:
         """Return the banded features and the pixels of pictures."""
         estimator = self.estimator
         pixels = torch.stack([to_pixels(picture, estimator.teacher.pixel_spec) for picture in pictures])
-        encoded = encode(estimator.teacher, pixels, labels, prompts, micro_batch=estimator.micro_batch)
+        encoded = estimator.encode(pixels, labels, prompts)
         draws = estimator.features(encoded, [_query_id(row) for row in pixels])
         check_finite(draws, [f"query {i}" for i in range(len(pictures))])
         return average_bands(draws, estimator.config), pixels

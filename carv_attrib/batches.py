@@ -11,7 +11,7 @@ from torch import Tensor
 
 from carv_attrib.data import Example, ExampleDataset, thumbnail, to_pixels
 from carv_attrib.errors import BadImageError, DataError
-from carv_attrib.estimator import Encoded, Estimator, encode
+from carv_attrib.estimator import Encoded, Estimator
 from carv_attrib.store import Record
 from carv_attrib.teacher import Teacher
 
@@ -96,4 +96,4 @@ def check_label(teacher: Teacher, example: Example) -> None:
 
 def encode_batch(estimator: Estimator, batch: Batch) -> Encoded:
     """Return the latents and the condition of a batch."""
-    return encode(estimator.teacher, batch.pixels, batch.labels, batch.prompts, micro_batch=estimator.micro_batch)
+    return estimator.encode(batch.pixels, batch.labels, batch.prompts)

@@ -50,33 +50,6 @@ class Encoded:
     condition: Condition
 
 
-def encode(
-    teacher: Teacher,
-    pixels: Float[Tensor, "batch channels height width"],
-    labels: Sequence[int | None] | None,
-    prompts: Sequence[str | None] | None,
-    *,
-    micro_batch: int,
-) -> Encoded:
-    """Return latents and conditions, in network calls of `micro_batch` rows as everywhere.
-
-    Raises:
-        ArgumentError: for a label or prompt that the teacher does not take, or a missing one.
-    """
-    latents, conditions = [], []
-    for rows in full_calls(len(pixels), micro_batch):
-        latents.append(teacher.encode(pixels[rows]))
-        conditions.append(
-            build_condition(
-                teacher,
-                None if labels is None else [labels[row] for row in rows],
-                None if prompts is None else [prompts[row] for row in rows],
-            )
-        )
-    condition = {name: torch.cat([c[name] for c in conditions])[: len(pixels)] for name in conditions[0]}
-    return Encoded(torch.cat(latents)[: len(pixels)], condition)
-
-
 @dataclass(frozen=True)
 class Estimator:
     """Everything that turns encoded examples into per-draw features (`docs/method.md`, eq. (2))."""
@@ -88,6 +61,30 @@ class Estimator:
     proposal: Proposal
     weighting: Float[Tensor, " timesteps"]
     micro_batch: int
+
+    def encode(
+        self,
+        pixels: Float[Tensor, "batch channels height width"],
+        labels: Sequence[int | None] | None,
+        prompts: Sequence[str | None] | None,
+    ) -> Encoded:
+        """Return latents and conditions, in calls of as many examples as have their draws in one network call.
+
+        Raises:
+            ArgumentError: for a label or prompt that the teacher does not take, or a missing one.
+        """
+        latents, conditions = [], []
+        for rows in full_calls(len(pixels), max(1, self.micro_batch // self.config.num_draws)):
+            latents.append(self.teacher.encode(pixels[rows]))
+            conditions.append(
+                build_condition(
+                    self.teacher,
+                    None if labels is None else [labels[row] for row in rows],
+                    None if prompts is None else [prompts[row] for row in rows],
+                )
+            )
+        condition = {name: torch.cat([c[name] for c in conditions])[: len(pixels)] for name in conditions[0]}
+        return Encoded(torch.cat(latents)[: len(pixels)], condition)
 
     def draws(self, ids: Sequence[int] | Tensor) -> Draws:
         """Return the draws of the examples with these ids; one row for all when noise is shared."""

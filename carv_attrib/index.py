@@ -70,7 +70,7 @@ class FeatureIndex:
         bands = store.manifest["config"]["num_bands"] if kernel.kind == "draws" else 1
         index = FeatureIndex(settings, kernel, faiss.IndexFlatIP(bands * len(kernel.eigenvalues)))
         for part in store.parts:
-            index._faiss.add(index._whiten(kernel.banded(store.read_part(part).features)))
+            index._faiss.add(index._whiten(kernel.banded(store.read_part(part).features.mean(2, keepdim=True))))
         return index
 
     def search(

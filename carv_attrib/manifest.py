@@ -109,6 +109,6 @@ def run_pilot(teacher: Teacher, examples: ExampleDataset, config: FeaturizeConfi
 
 
 def default_micro_batch(teacher: Teacher) -> int:
-    """Return rows for a network call: 64 for latents up to 16 x 16, fewer in proportion to their area, at least one."""
+    """Return rows for a network call: 64 for 16 x 16 latents, in inverse proportion to their area, from 1 to 256."""
     _, height, width = teacher.latent_shape
-    return max(1, min(64, 64 * 256 // (height * width)))
+    return max(1, min(256, 64 * 256 // (height * width)))

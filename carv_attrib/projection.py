@@ -133,6 +133,7 @@ class KroneckerProjector:
     ) -> None:
         self._in: dict[str, Tensor] = {}
         self._out: dict[str, Tensor] = {}
+        self._in_weights: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._dims: dict[str, int] = {}
         for layer in layers:
             p_in, p_out = (
@@ -146,6 +147,7 @@ class KroneckerProjector:
             )
             self._in[layer.name] = p_in.to(device, dtype)  # groups in_dim rank
             self._out[layer.name] = p_out.to(device, dtype)  # groups out_dim rank
+            self._in_weights[layer.name] = self._as_weights(layer)
             self._dims[layer.name] = p_in.shape[-1] * p_out.shape[-1]
         self._block_dim = sum(self._dims.values())
         self.proj_dim = min(proj_dim, self._block_dim)
@@ -162,26 +164,32 @@ class KroneckerProjector:
         """Return P_in and P_out of each group of a layer."""
         return self._in[layer.name], self._out[layer.name]
 
-    def keep(self, layer: Layer, inputs: Tensor) -> Float[Tensor, "rows tokens groups in_rank"]:
+    def _as_weights(self, layer: Layer) -> tuple[Tensor, Tensor | None]:
+        """Return P_in as the weight and the bias of a layer of the same kind, with `rank` outputs for each group."""
+        p_in, has_bias = self._in[layer.name], layer.module.bias is not None
+        weight = p_in[:, : layer.in_dim - has_bias].transpose(1, 2).reshape(-1, *layer.module.weight.shape[1:])
+        return weight, p_in[:, -1].flatten() if has_bias else None
+
+    def keep(self, layer: Layer, inputs: Tensor) -> Float[Tensor, "rows tokens in_rank"]:
         """Return P_in^T a; for a convolution, by convolving with the projected kernel: no patches are written out."""
-        p_in, _ = self.matrices(layer)
-        has_bias = layer.module.bias is not None
-        weight = p_in[:, : layer.in_dim - has_bias].transpose(1, 2)  # groups rank in_dim
-        bias = p_in[:, -1].flatten() if has_bias else None
+        weight, bias = self._in_weights[layer.name]
         if isinstance(layer.module, nn.Conv2d):
             conv = layer.module
-            kernel = weight.reshape(-1, *conv.weight.shape[1:])
             inputs, padding = _padded(conv, inputs)
-            projected = F.conv2d(inputs, kernel, bias, conv.stride, padding, conv.dilation, conv.groups)
-            return projected.view(len(inputs), layer.groups, -1, projected[0, 0].numel()).permute(0, 3, 1, 2)
-        return F.linear(inputs.reshape(len(inputs), -1, inputs.shape[-1]), weight[0], bias).unsqueeze(2)
+            projected = F.conv2d(inputs, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
+            return _channels_last(projected, conv.groups)
+        return F.linear(inputs.reshape(len(inputs), -1, inputs.shape[-1]), weight, bias)
 
     def block(self, layer: Layer, kept: Tensor, output_gradients: Tensor) -> Float[Tensor, "rows block"]:
         """Return `sum over tokens and groups of (P_out^T d)(P_in^T a)^T`, flat, in float32 at least."""
-        _, p_out = self.matrices(layer)
-        projected = torch.einsum("ntgo,gor->ntgr", layer.tokens_out(output_gradients), p_out)
+        p_out = self._out[layer.name]
+        if isinstance(layer.module, nn.Conv2d):
+            kernel = p_out.transpose(1, 2).reshape(-1, layer.out_dim, 1, 1)
+            projected = _channels_last(F.conv2d(output_gradients, kernel, groups=layer.groups), layer.groups)
+        else:
+            projected = output_gradients.reshape(len(kept), -1, layer.out_dim) @ p_out[0]
         dtype = torch.promote_types(kept.dtype, torch.float32)
-        return torch.einsum("ntgr,ntgs->nrs", projected.to(dtype), kept.to(dtype)).flatten(1)
+        return (projected.to(dtype).transpose(1, 2) @ kept.to(dtype)).flatten(1)
 
     def combine(self, blocks: Mapping[str, Tensor]) -> Float[Tensor, "rows proj_dim"]:
         """Return the fold of all blocks; a layer that did not run counts as zero."""
@@ -194,6 +202,15 @@ class KroneckerProjector:
         if self._depth == 1:
             return flat[:, : self.proj_dim]
         return (flat[:, self._permutation] * self._signs).view(len(first), self._depth, self.proj_dim).sum(1)
+
+
+def _channels_last(
+    projected: Float[Tensor, "rows channels height width"], groups: int
+) -> Float[Tensor, "rows tokens rank"]:
+    """Return the tokens of all groups of a projected picture."""
+    rows, channels, height, width = projected.shape
+    grouped = projected.reshape(rows, groups, channels // groups, height * width)  # rows groups rank positions
+    return grouped.transpose(2, 3).flatten(1, 2)
 
 
 class DenseProjector:

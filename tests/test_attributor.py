@@ -41,7 +41,7 @@ def test_a_training_example_asked_again_is_its_own_first_proponent(
         assert result.scores[0] == pytest.approx(1, abs=1e-3)
 
 
-def test_query_features_are_the_training_features_bit_for_bit(
+def test_query_features_are_the_training_features_up_to_float16(
     attributor: Attributor, pictures: list[tuple[Image.Image, int]]
 ) -> None:
     """Shared draws: the same picture gives the same features, whoever asks."""

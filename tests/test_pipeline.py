@@ -20,7 +20,7 @@ from PIL import Image
 
 from carv_attrib import featurize, load_teacher
 from carv_attrib.config import EstimatorConfig, FeaturizeConfig
-from carv_attrib.data import open_dataset
+from carv_attrib.data import open_dataset, to_pixels
 from carv_attrib.errors import (
     ArgumentError,
     BadImageError,
@@ -31,11 +31,11 @@ from carv_attrib.errors import (
 )
 from carv_attrib.estimator import (
     Encoded,
+    Estimator,
     GradientProfile,
     average_bands,
     build_estimator,
     check_finite,
-    encode,
     measure_profile,
 )
 from carv_attrib.store import FeatureStore
@@ -295,18 +295,17 @@ def test_bands_and_halves_average_the_right_draws() -> None:
     assert average_bands(draws, EstimatorConfig(num_draws=8, num_bands=8)).shape == (1, 8, 1, 1)
 
 
-def encoded_digits(teacher: Any, digits_folder: Path, num: int, micro_batch: int = 16) -> Encoded:
+def encoded_digits(estimator: Estimator, digits_folder: Path, num: int) -> Encoded:
     digits = open_dataset(digits_folder)
-    from carv_attrib.data import to_pixels
-
     examples = [digits.load(row) for row in range(num)]
-    pixels = torch.stack([to_pixels(x.image, teacher.pixel_spec) for x in examples])
-    return encode(teacher, pixels, [x.label for x in examples], None, micro_batch=micro_batch)
+    pixels = torch.stack([to_pixels(x.image, estimator.teacher.pixel_spec) for x in examples])
+    return estimator.encode(pixels, [x.label for x in examples], None)
 
 
 def test_encoding_does_not_depend_on_how_many_are_encoded_together(dit_folder: Path, digits_folder: Path) -> None:
     teacher = load_teacher(dit_folder, device="cpu")
-    many, few = encoded_digits(teacher, digits_folder, 7, 4), encoded_digits(teacher, digits_folder, 2, 4)
+    estimator = build_estimator(teacher, FeaturizeConfig.from_flat(SETTINGS), 16, None)
+    many, few = encoded_digits(estimator, digits_folder, 7), encoded_digits(estimator, digits_folder, 2)
     assert torch.equal(many.latents[:2], few.latents)
     assert many.condition["class_labels"].shape == (7,)
 
@@ -316,7 +315,7 @@ def test_the_pilot_finds_the_profile_of_gradient_norms(dit_folder: Path, digits_
     teacher = load_teacher(dit_folder, device="cpu", dtype="float64")
     settings = SETTINGS | {"layers": ["proj_out_2"], "rank": 64, "proj_dim": 10_000}
     estimator = build_estimator(teacher, FeaturizeConfig.from_flat(settings), 16, None)
-    encoded = encoded_digits(teacher, digits_folder, 20)
+    encoded = encoded_digits(estimator, digits_folder, 20)
     profile = measure_profile(estimator, encoded, [""] * 20)
     curve = profile.at_every_timestep(100)
     rng = torch.Generator().manual_seed(1)
@@ -360,22 +359,19 @@ def test_zero_gradients_are_an_error_not_a_weighting(dit_folder: Path, digits_fo
         parameter.data.zero_()
     estimator = build_estimator(teacher, FeaturizeConfig.from_flat(SETTINGS | {"layers": ["*attn*"]}), 16, None)
     with pytest.raises(TeacherError, match="gradient is zero for every pilot example; choose other `layers`"):
-        measure_profile(estimator, encoded_digits(teacher, digits_folder, 2), ["", ""])
+        measure_profile(estimator, encoded_digits(estimator, digits_folder, 2), ["", ""])
 
 
 def test_mean_feature_over_seeds_meets_the_mean_over_all_timesteps(dit_folder: Path, digits_folder: Path) -> None:
     """Unbiased end to end, importance weights and weighting included, against a long reference."""
     teacher = load_teacher(dit_folder, device="cpu")
     profile = GradientProfile((10.0, 90.0), (1.0, 3.0))
-    encoded = encoded_digits(teacher, digits_folder, 1)
-
-    one_projector = build_estimator(
-        teacher, FeaturizeConfig.from_flat({"proj_dim": 4, "rank": 2}), 8, profile
-    ).projector
+    fixed = build_estimator(teacher, FeaturizeConfig.from_flat({"proj_dim": 4, "rank": 2}), 8, profile)
+    encoded = encoded_digits(fixed, digits_folder, 1)
 
     def features(num_draws: int, seed: int, **settings: Any) -> torch.Tensor:
         config = FeaturizeConfig.from_flat({"num_draws": num_draws, "num_bands": 1, "seed": seed} | settings)
-        estimator = replace(build_estimator(teacher, config, min(64, num_draws), profile), projector=one_projector)
+        estimator = replace(build_estimator(teacher, config, min(64, num_draws), profile), projector=fixed.projector)
         return estimator.features(encoded, [0])[0].double()
 
     reference = features(8192, seed=99)
