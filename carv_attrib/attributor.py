@@ -18,7 +18,7 @@ from torch import Tensor
 
 from carv_attrib.config import FeaturizeConfig, check_at_least, check_choice
 from carv_attrib.data import open_image, thumbnail, to_pixels
-from carv_attrib.errors import ArgumentError
+from carv_attrib.errors import ArgumentError, StoreError
 from carv_attrib.estimator import Estimator, average_bands, check_finite
 from carv_attrib.index import FeatureIndex, IndexSettings, read_index_settings
 from carv_attrib.kernel import Kernel, KernelKind, ScoreKind, fit_kernel, load_kernel, similarity
@@ -173,6 +173,8 @@ class Attributor:
             DataError: if an image cannot be read.
         """
         score, kernel, damping = self._resolve(score, kernel, damping)
+        if isinstance(images, str | Path | Image.Image) or len(images) == 0:
+            raise ArgumentError(f"`images` must be a list of at least one picture or path, got {images!r}.")
         for name, values in (("prompts", prompts), ("labels", labels)):
             if values is not None and len(values) != len(images):
                 raise ArgumentError(f"`{name}` must be as many as images (={len(images)}), got {len(values)}.")
@@ -203,9 +205,10 @@ class Attributor:
         """Return the stored kernel, or fit one of the other kind."""
         if kind not in self._kernels:
             stored = kind == self._settings.kernel
-            self._kernels[kind] = (
-                load_kernel(self.store.path / "kernel.safetensors") if stored else fit_kernel(self.store, kind)
-            )
+            file = self.store.path / "kernel.safetensors"
+            self._kernels[kind] = load_kernel(file) if stored else fit_kernel(self.store, kind)
+        if self._kernels[kind].kind != kind:
+            raise StoreError(f"{self.store.path} was indexed again after it was opened; open it again.")
         return self._kernels[kind]
 
     def _index(self, score: ScoreKind, kernel: KernelKind, damping: float) -> FeatureIndex:
@@ -226,15 +229,18 @@ class Attributor:
         estimator = self.estimator
         pixels = torch.stack([to_pixels(picture, estimator.teacher.pixel_spec) for picture in pictures])
         encoded = estimator.encode(pixels, labels, prompts)
-        draws = estimator.features(encoded, [_query_id(row) for row in pixels])
-        check_finite(draws, [f"query {i}" for i in range(len(pictures))])
-        return average_bands(draws, estimator.config), pixels
+        features = estimator.features(encoded, estimator.draws([_query_id(row) for row in pixels]))
+        check_finite(features, [f"query {i}" for i in range(len(pictures))])
+        return average_bands(features, estimator.config), pixels
 
     def _similarity(
         self, query: Tensor, train: Tensor, score: ScoreKind, kernel: KernelKind, damping: float
     ) -> tuple[Tensor, Tensor]:
         inverse = self._kernel(kernel).inverse(score, damping)
-        return similarity(query, train, inverse, normalise=score.endswith("cosine"))
+        scores, errors = similarity(query, train, inverse, normalise=score.endswith("cosine"))
+        if self.store.manifest["config"]["scheme"] == "iid":  # sorted iid draws have no two independent halves
+            errors = torch.full_like(errors, float("nan"))
+        return scores, errors
 
     def _rescore(
         self,

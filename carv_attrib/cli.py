@@ -29,6 +29,8 @@ class CarvGroup(click.Group):
             return super().invoke(ctx)
         except CarvError as err:
             raise _OneLine(err) from err
+        except PermissionError as err:
+            raise _OneLine(CarvError(f"{err.filename}: permission denied; use a folder that you may use.")) from err
 
 
 class _OneLine(click.ClickException):
@@ -147,16 +149,15 @@ def query(
         raise click.UsageError("--json and --csv exclude each other; give one of them.")
     _quiet_libraries()
     result = Attributor.open(index, teacher=teacher, device=device).query(question.pop("image"), **question)
-    if report:
-        result.save_report(report)
     if as_json:
         click.echo(json.dumps(result.to_dict(), indent=1))
     elif as_csv:
         click.echo(result.to_csv(), nl=False)
     else:
         _print_result(result)
-        if report:
-            click.echo(f"report: {report}")
+    if report:
+        result.save_report(report)
+        click.echo(f"report: {report}", err=True)
 
 
 @main.command()

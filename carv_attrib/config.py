@@ -35,7 +35,7 @@ def check_at_least(name: str, value: int, least: int) -> None:
     Raises:
         ArgumentError: if it is not.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not hasattr(value, "__index__") or isinstance(value, bool) or value < least:
         raise ArgumentError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
 
 
@@ -51,7 +51,7 @@ class EstimatorConfig:
         noise: the same draws for every example and query, or their own for each.
         weighting: omega(t), part of what is attributed; balanced = 1 / rms gradient norm at t.
         objective: what is differentiated.
-        kernel_examples: about how many examples keep every draw, for the kernel over draws.
+        kernel_examples: how many examples keep every draw, for the kernel over draws.
         seed: of draws, projection and pilot.
     """
 
@@ -231,7 +231,7 @@ def setting_names() -> list[str]:
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
-    """Return the settings in a YAML file, dashes in keys taken as underscores.
+    """Return the settings in a YAML file, dashes in keys taken as underscores, keys without a value left out.
 
     Raises:
         ArgumentError: if the file is missing, is not YAML, or does not hold a mapping.
@@ -246,4 +246,4 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         raise ArgumentError(f"`config` is not YAML: {path}: {' '.join(str(err).split())}") from err
     if not isinstance(content, dict):
         raise ArgumentError(f"`config` must hold `key: value` lines, got {type(content).__name__} in {path}.")
-    return {str(key).replace("-", "_"): value for key, value in content.items()}
+    return {str(key).replace("-", "_"): value for key, value in content.items() if value is not None}

@@ -97,13 +97,13 @@ class Estimator:
             ids=[int(i) for i in ids] if self.config.noise == "independent" else None,
         )
 
-    def features(self, encoded: Encoded, ids: Sequence[int] | Tensor) -> Float[Tensor, "batch draws proj_dim"]:
+    def features(self, encoded: Encoded, draws: Draws) -> Float[Tensor, "batch draws proj_dim"]:
         """Return the weighted, projected gradient of every draw, in float32 on the CPU."""
         features = project_gradient(
             self.teacher,
             encoded.latents,
             encoded.condition,
-            self.draws(ids),
+            draws,
             self.projector,
             layers=self.layers,
             micro_batch=self.micro_batch,
@@ -195,6 +195,17 @@ def average_bands(
     unit = 2 if config.scheme == "antithetic" else 1
     halves = draw_features.view(batch, config.num_bands, -1, config.num_replicates, unit, proj_dim)
     return halves.mean((2, 4))
+
+
+def kernel_vectors(
+    draw_features: Float[Tensor, "batch draws proj_dim"], draws: Draws
+) -> Float[Tensor, "batch draws proj_dim"]:
+    """Return vectors whose mean outer product is that of eq. (9) under p, whatever the proposal.
+
+    A feature holds p/q once and its outer product twice; dividing by its root leaves p/q, which is what makes a mean
+    over draws from q one under p.
+    """
+    return draw_features / draws.weights.sqrt().float().unsqueeze(-1)
 
 
 def check_finite(draw_features: Float[Tensor, "batch draws proj_dim"], keys: Sequence[str]) -> None:

@@ -20,6 +20,9 @@ from carv_attrib.projection import Layer, Projector
 from carv_attrib.sampling import Draws
 from carv_attrib.teacher import Condition, Teacher, placement
 
+FLOAT16_LOSS_SCALE = 1024.0
+"""A mean over all positions has gradients that float16 would flush to zero; a power of two changes no other bit."""
+
 
 def select_layers(denoiser: nn.Module, patterns: Sequence[str] = ()) -> list[Layer]:
     """Return the Linear and Conv2d layers whose names match any pattern; all of them without patterns.
@@ -116,16 +119,17 @@ def _project_rows(
     device, dtype = placement(teacher)
     latents, timesteps, noise = latents.to(device, dtype), timesteps.to(device), noise.to(device, dtype)
     noisy_latents = teacher.noise_schedule.add_noise(latents, noise, timesteps)
+    loss_scale = FLOAT16_LOSS_SCALE if dtype == torch.float16 else 1.0
     blocks: dict[str, Tensor] = {}
     with torch.enable_grad(), _gradient_hooks(layers, projector, blocks, len(latents)):
         model_output = teacher.predict(noisy_latents, timesteps, condition)
         target = teacher.noise_schedule.target(latents, noise, timesteps)
         losses = row_objective(objective, model_output, target)
         if losses.requires_grad:
-            (losses * weights.to(losses)).sum().backward()  # type: ignore[no-untyped-call]
+            (losses * weights.to(losses) * loss_scale).sum().backward()  # type: ignore[no-untyped-call]
     if not blocks:
         raise TeacherError("no attributed layer took part in the teacher's output; choose other `layers`.")
-    return projector.combine(blocks)
+    return projector.combine(blocks) / loss_scale
 
 
 def row_objective(

@@ -33,13 +33,13 @@ class IndexSettings:
         score: the score whose inner products it holds.
         kernel: the kernel's kind.
         damping: lambda_0, relative to the mean eigenvalue.
-        ids_sha256: of the ids of its examples, in the order of the store.
+        features_sha256: of the checksums of all parts, in the order of the store.
     """
 
     score: ScoreKind
     kernel: KernelKind
     damping: float
-    ids_sha256: str
+    features_sha256: str
 
     def serves(self, score: ScoreKind, kernel: KernelKind, damping: float) -> bool:
         """Return whether an index built so can be searched for this score."""
@@ -66,7 +66,7 @@ class FeatureIndex:
         """
         import faiss
 
-        settings = IndexSettings(score, kernel.kind, damping, ids_digest(store))
+        settings = IndexSettings(score, kernel.kind, damping, store.digest())
         bands = store.manifest["config"]["num_bands"] if kernel.kind == "draws" else 1
         index = FeatureIndex(settings, kernel, faiss.IndexFlatIP(bands * len(kernel.eigenvalues)))
         for part in store.parts:
@@ -136,7 +136,7 @@ def read_index_settings(store: FeatureStore) -> IndexSettings:
     """Return what the index in a store's folder was built for, after checking that it is whole and of this store.
 
     Raises:
-        StoreError: if there is none, or it is of other examples.
+        StoreError: if there is none, or it is of other features.
         StoreCorruptError: if it is damaged.
     """
     path = store.path / "index.json"
@@ -152,14 +152,9 @@ def read_index_settings(store: FeatureStore) -> IndexSettings:
                 raise StoreCorruptError(f"{store.path / name} is damaged: its checksum does not match; {way_out}.")
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise StoreCorruptError(f"{path} is damaged: {err}; {way_out}.") from err
-    if settings.ids_sha256 != ids_digest(store):
-        raise StoreError(f"the index in {store.path} is of other examples; {way_out}.")
+    if settings.features_sha256 != store.digest():
+        raise StoreError(f"the index in {store.path} is of other features; {way_out}.")
     return settings
-
-
-def ids_digest(store: FeatureStore) -> str:
-    """Return the hex SHA-256 of the ids of a store, in its order."""
-    return hashlib.sha256(store.ids.astype("<i8").tobytes()).hexdigest()
 
 
 def _file_digest(path: Path) -> str:

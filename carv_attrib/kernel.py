@@ -126,9 +126,9 @@ def similarity(
     """Return scores and their Monte-Carlo standard errors, of features in the kernel's eigenbasis.
 
     The draws of each band are kept in two halves where there are enough of them. The scores of the halves differ by
-    chance (and, alternate draws being of neighbouring strata, a little by the trend between those), so
-    `sum over bands of (difference / 2)^2 / B^2` estimates the variance of the score: without bias to first order in
-    the noise of iid draws, from above to second order and for strata. With one half a band the successive differences
+    chance and, alternate draws being of neighbouring strata, a little by the trend between those, so
+    `sum over bands of (difference / 2)^2 / B^2` estimates the variance of the score from above. (Not so for sorted iid
+    draws, whose halves are not independent.) With one half a band the successive differences
     of the bands take its place, which also hold the trend over timesteps (too large); with one band nothing (NaN).
     """
     num_bands, num_replicates = train.shape[1:3]

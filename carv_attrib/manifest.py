@@ -15,7 +15,7 @@ from carv_attrib.config import FeaturizeConfig
 from carv_attrib.data import RESIZE_RULE, ExampleDataset
 from carv_attrib.errors import DataError, StoreMismatchError
 from carv_attrib.estimator import PILOT_EXAMPLES, Estimator, GradientProfile, build_estimator, measure_profile
-from carv_attrib.seeding import random_bits, stream_key
+from carv_attrib.seeding import choose_positions, stream_key
 from carv_attrib.store import FeatureStore
 from carv_attrib.teacher import Teacher
 
@@ -97,8 +97,8 @@ def run_pilot(teacher: Teacher, examples: ExampleDataset, config: FeaturizeConfi
     Raises:
         DataError: if none of them can be read.
     """
-    hashed = random_bits(stream_key(config.estimator.seed, "pilot"), torch.from_numpy(examples.ids))
-    rows = hashed.argsort()[:PILOT_EXAMPLES].tolist()
+    key = stream_key(config.estimator.seed, "pilot")
+    rows = choose_positions(key, torch.from_numpy(examples.ids), PILOT_EXAMPLES).tolist()
     batch = read_batch(examples, rows, teacher, skip_bad=config.execution.skip_bad)
     if not len(batch.ids):
         raise DataError(

@@ -10,16 +10,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from carv_attrib.batches import check_columns, encode_batch, read_batch
-from carv_attrib.config import FeaturizeConfig
+import torch
+from safetensors import SafetensorError
+
+from carv_attrib.batches import check_columns, choose_kernel_ids, encode_batch, read_batch
+from carv_attrib.config import FeaturizeConfig, check_choice
 from carv_attrib.data import ExampleDataset, open_dataset
 from carv_attrib.errors import StoreError
-from carv_attrib.estimator import Estimator, average_bands, check_finite
+from carv_attrib.estimator import Estimator, average_bands, check_finite, kernel_vectors
 from carv_attrib.index import FeatureIndex, read_index_settings
 from carv_attrib.kernel import DEFAULT_DAMPING, KernelKind, ScoreKind, fit_kernel
 from carv_attrib.manifest import open_or_create
 from carv_attrib.progress import progress
-from carv_attrib.store import FeatureStore, PartFeatures, Record, concatenate, feeds_kernel
+from carv_attrib.store import FeatureStore, PartFeatures, Record, concatenate
 from carv_attrib.teacher import Teacher, loaded_placement
 from carv_attrib.teachers import load_teacher
 
@@ -68,6 +71,7 @@ def featurize_rows(
 ) -> tuple[PartFeatures | None, list[Record]]:
     """Return the features and the records of some rows of a dataset."""
     pieces, records = [], []
+    kernel_ids = choose_kernel_ids(examples, config.estimator)
     for start in range(0, len(rows), config.execution.batch_size):
         batch = read_batch(
             examples,
@@ -77,11 +81,13 @@ def featurize_rows(
         )
         if len(batch.ids):
             encoded = encode_batch(estimator, batch)  # dear: once for each example
-            draws = estimator.features(encoded, batch.ids)  # cheap, many: (batch, draws, proj_dim)
-            check_finite(draws, batch.keys)
-            bands = average_bands(draws, config.estimator)  # (batch, bands, replicates, proj_dim)
-            keep = feeds_kernel(batch.ids, config.estimator.kernel_examples / len(examples), config.estimator.seed)
-            pieces.append(PartFeatures(batch.ids, bands, batch.ids[keep], draws[keep]))
+            draws = estimator.draws(batch.ids)
+            features = estimator.features(encoded, draws)  # cheap, many: (batch, draws, proj_dim)
+            check_finite(features, batch.keys)
+            bands = average_bands(features, config.estimator)  # (batch, bands, replicates, proj_dim)
+            keep = torch.isin(batch.ids, kernel_ids)
+            vectors = kernel_vectors(features, draws)[keep]  # (kernel, draws, proj_dim)
+            pieces.append(PartFeatures(batch.ids, bands, batch.ids[keep], vectors))
         records += batch.records
         advance(len(batch.records))
     return concatenate(pieces), records
@@ -106,9 +112,12 @@ def build_index(
 
     Raises:
         ArgumentError: for an unknown score or kernel, or damping that is not positive.
-        StoreError: if the store holds no features.
+        StoreError: if the store holds no features, or the index cannot be written.
     """
-    fitted = fit_kernel(store, kernel)
-    index = FeatureIndex.build(store, fitted, score=score, damping=damping)
-    index.save(store.path)
+    check_choice("score", score, ScoreKind)
+    index = FeatureIndex.build(store, fit_kernel(store, kernel), score=score, damping=damping)
+    try:
+        index.save(store.path)
+    except (OSError, RuntimeError, SafetensorError) as err:
+        raise StoreError(f"the index cannot be written to {store.path}: {err}; mend that, and run it again.") from err
     return index

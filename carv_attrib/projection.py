@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from carv_attrib.config import ProjectionConfig
 from carv_attrib.errors import ArgumentError
-from carv_attrib.seeding import random_normals, random_signs, stream, stream_key
+from carv_attrib.seeding import choose_positions, random_normals, random_signs, stream_key
 
 ENTRIES_PER_BLOCK = 2**22
 """Entries of a dense projection matrix that exist at any one time."""
@@ -153,10 +153,10 @@ class KroneckerProjector:
         self.proj_dim = min(proj_dim, self._block_dim)
         self._depth = math.ceil(self._block_dim / self.proj_dim)
         self._device = device
-        rng = stream(seed, "kronecker", "fold")
         padded_dim = self._depth * self.proj_dim
-        self._permutation = torch.from_numpy(rng.permutation(padded_dim)).to(device)
-        self._signs = torch.from_numpy(rng.integers(0, 2, padded_dim) * 2 - 1).to(device, torch.float32)
+        places = choose_positions(stream_key(seed, "kronecker", "fold places"), torch.arange(padded_dim), padded_dim)
+        self._permutation = places.to(device)
+        self._signs = random_signs(stream_key(seed, "kronecker", "fold signs"), 0, padded_dim, device)
 
     def matrices(
         self, layer: Layer
@@ -235,8 +235,8 @@ class DenseProjector:
         return entries.view(stop - start, self.proj_dim) / math.sqrt(self.proj_dim)
 
     def keep(self, layer: Layer, inputs: Tensor) -> Tensor:
-        """Return the inputs as they are."""
-        return inputs
+        """Return a copy of the inputs: the network may change its own in place."""
+        return inputs.clone()
 
     def block(self, layer: Layer, kept: Tensor, output_gradients: Tensor) -> Float[Tensor, "rows proj_dim"]:
         """Return P^T g of one layer."""
@@ -291,8 +291,8 @@ class TrakProjector:
                 ) from err
 
     def keep(self, layer: Layer, inputs: Tensor) -> Tensor:
-        """Return the inputs as they are."""
-        return inputs
+        """Return a copy of the inputs: the network may change its own in place."""
+        return inputs.clone()
 
     def block(self, layer: Layer, kept: Tensor, output_gradients: Tensor) -> Float[Tensor, "rows proj_dim"]:
         """Return P^T g of one layer, over sqrt(proj_dim): trak leaves its entries unscaled."""

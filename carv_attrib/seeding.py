@@ -42,6 +42,11 @@ def random_bits(key: int, counters: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
     return _finalise(mixed + low)
 
 
+def choose_positions(key: int, ids: Int[Tensor, " n"], count: int) -> Int[Tensor, " chosen"]:
+    """Return the positions of `count` ids (all, if there are fewer), chosen by a hash: the same ids in any order."""
+    return random_bits(key, ids).argsort(stable=True)[:count]
+
+
 def random_signs(key: int, start: int, count: int, device: torch.device | str = "cpu") -> Float[Tensor, " count"]:
     """Return entries `start` to `start + count` of an endless row of independent signs, -1 or 1, in float32."""
     first, last = start // 64, (start + count - 1) // 64

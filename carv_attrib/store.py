@@ -19,13 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from carv_attrib.errors import StoreCorruptError, StoreError, StoreMismatchError
-from carv_attrib.seeding import random_bits, stream_key
 
 FORMAT_VERSION = 1
 
@@ -74,12 +73,6 @@ def concatenate(pieces: Sequence[PartFeatures]) -> PartFeatures | None:
         return None
     names = ("ids", "features", "kernel_ids", "kernel_draws")
     return PartFeatures(*(torch.cat([getattr(piece, name) for piece in pieces]) for name in names))
-
-
-def feeds_kernel(ids: Int64[Tensor, " batch"], share: float, seed: int) -> Bool[Tensor, " batch"]:
-    """Return which examples keep every draw: about a share of all, by a hash of their ids."""
-    hashed = (random_bits(stream_key(seed, "kernel"), ids) >> 11) & (2**53 - 1)
-    return hashed.double() < share * 2**53
 
 
 class FeatureStore:
@@ -182,7 +175,10 @@ class FeatureStore:
 
     def missing_parts(self) -> list[int]:
         """Return the parts that are still to be computed."""
-        return [part for part in range(self.num_parts) if not self.features_path(part).is_file()]
+        return [part for part in range(self.num_parts) if not self._is_done(part)]
+
+    def _is_done(self, part: int) -> bool:
+        return self.features_path(part).is_file() and self.examples_path(part).is_file()
 
     def features_path(self, part: int) -> Path:
         """Return the file that holds the features of a part."""
@@ -215,7 +211,7 @@ class FeatureStore:
                 save_file(tensors, temporary, metadata={"sha256": _digest(tensors)})
         except (OSError, SafetensorError) as err:
             raise StoreError(
-                f"part {part} cannot be written to {self.path}: {err}; free the disk and start again."
+                f"part {part} cannot be written to {self.path}: {err}; mend that, and start again."
             ) from err
 
     def read_part(self, part: int) -> PartFeatures:
@@ -225,17 +221,22 @@ class FeatureStore:
             StoreCorruptError: if the file is damaged or is not of this store's shape.
         """
         with self._open_part(part) as file:
-            return PartFeatures(
-                ids=file.get_tensor("ids"),
-                features=file.get_tensor("features").float() * file.get_tensor("features_scale"),
-                kernel_ids=file.get_tensor("kernel_ids"),
-                kernel_draws=file.get_tensor("kernel_draws").float() * file.get_tensor("kernel_draws_scale"),
-            )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            if _digest(tensors) != _checksum(file):
+                raise StoreCorruptError(
+                    f"{self.features_path(part)} is damaged: its checksum does not match; delete it, featurize again."
+                )
+        return PartFeatures(
+            ids=tensors["ids"],
+            features=tensors["features"].float() * tensors["features_scale"],
+            kernel_ids=tensors["kernel_ids"],
+            kernel_draws=tensors["kernel_draws"].float() * tensors["kernel_draws_scale"],
+        )
 
     @cached_property
     def parts(self) -> list[int]:
         """The parts that were there when first asked for."""
-        return [part for part in range(self.num_parts) if self.features_path(part).is_file()]
+        return [part for part in range(self.num_parts) if self._is_done(part)]
 
     @cached_property
     def _part_ids(self) -> list[Int64[np.ndarray, " examples"]]:
@@ -249,6 +250,14 @@ class FeatureStore:
     def ids(self) -> Int64[np.ndarray, " examples"]:
         """Ids of all examples that have features, in the order of the store."""
         return np.concatenate(self._part_ids) if self._part_ids else np.empty(0, np.int64)
+
+    def digest(self) -> str:
+        """Return the hex SHA-256 of the checksums of all parts, in order: it changes with any feature or id."""
+        digest = hashlib.sha256()
+        for part in self.parts:
+            with self._open_part(part) as file:
+                digest.update(f"{part}:{_checksum(file)}\n".encode())
+        return digest.hexdigest()
 
     def read_features(self, positions: Sequence[int]) -> Float[Tensor, "examples bands replicates proj_dim"]:
         """Return the features at positions of `ids`, in float32, reading no more of each file than needed."""
@@ -282,10 +291,19 @@ class FeatureStore:
             ) from err
 
     def find_records(self, ids: Sequence[int]) -> dict[int, Record]:
-        """Return the records of the examples with the given ids."""
+        """Return the records of the examples with the given ids.
+
+        Raises:
+            StoreCorruptError: if one has none.
+        """
         wanted = {int(i) for i in ids}
         owners = [part for part, own in zip(self.parts, self._part_ids, strict=True) if wanted & set(own.tolist())]
-        return {record.id: record for part in owners for record in self.read_records(part) if record.id in wanted}
+        found = {record.id: record for part in owners for record in self.read_records(part) if record.id in wanted}
+        if lost := sorted(wanted - set(found)):
+            raise StoreCorruptError(
+                f"{self.path / 'examples'} has no record of example {lost[0]}; run `carv-attrib verify`."
+            )
+        return found
 
     def num_skipped(self) -> int:
         """Return how many examples have a record but no features."""
@@ -296,14 +314,11 @@ class FeatureStore:
         problems = [f"part {part} is missing: run featurize again" for part in self.missing_parts()]
         for part in self.parts:
             try:
-                with self._open_part(part) as file:
-                    tensors = {name: file.get_tensor(name) for name in file.keys()}
-                    if _digest(tensors) != (file.metadata() or {}).get("sha256"):
-                        raise StoreCorruptError(f"{self.features_path(part)} is damaged: its checksum does not match.")
-                    if not all(torch.isfinite(t).all() for t in tensors.values() if t.is_floating_point()):
-                        raise StoreCorruptError(f"{self.features_path(part)} holds NaN or infinity.")
+                features = self.read_part(part)
+                if not all(torch.isfinite(x).all() for x in (features.features, features.kernel_draws)):
+                    raise StoreCorruptError(f"{self.features_path(part)} holds NaN or infinity.")
                 good = [record.id for record in self.read_records(part) if record.error is None]
-                if good != tensors["ids"].tolist():
+                if good != features.ids.tolist():
                     raise StoreCorruptError(f"{self.examples_path(part)} does not list the examples of its features.")
             except StoreCorruptError as err:
                 problems.append(str(err))
@@ -368,6 +383,11 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensors[name].numpy().tobytes())
     return digest.hexdigest()
+
+
+def _checksum(file: Any) -> str | None:
+    """Return the checksum that an open features file has in its header."""
+    return (file.metadata() or {}).get("sha256")
 
 
 def _write_records(path: Path, records: Sequence[Record]) -> None:

@@ -73,7 +73,7 @@ def loaded_placement(teacher: Teacher, settings: Mapping[str, object]) -> dict[s
     device, dtype = placement(teacher)
     loaded = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
     for name, value in loaded.items():
-        if settings.get(name, value) not in (value, "auto"):
+        if settings.get(name, value) not in (value, device.type, "auto"):
             raise ArgumentError(f"`{name}` is {value} for the loaded teacher, got {settings[name]!r}; leave it out.")
     return loaded
 
@@ -113,7 +113,7 @@ def _checked_labels(labels: Sequence[int | None] | None, num_classes: int) -> li
     for label in labels if labels is not None else [None]:
         if label is None:
             raise ArgumentError(f"`label` is needed: {_TAKES['label']}; give one from 0 to {num_classes - 1}.")
-        if not 0 <= label < num_classes:
-            raise ArgumentError(f"`label` must be from 0 to {num_classes - 1}, got {label}.")
+        if not hasattr(label, "__index__") or not 0 <= label < num_classes:
+            raise ArgumentError(f"`label` must be a whole number from 0 to {num_classes - 1}, got {label!r}.")
         checked.append(int(label))
     return checked

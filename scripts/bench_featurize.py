@@ -1,7 +1,7 @@
 """What features cost, against plain training steps with as many network evaluations.
 
 Command:  python scripts/bench_featurize.py
-Hardware: 2 CPU cores, about 8 minutes
+Hardware: 2 CPU cores, about 10 minutes
 Writes:   docs/benchmarks/featurize.json and the table that it prints
 
 Training step: forward and backward with gradients of all weights, no optimizer. Floor: forward, and backward with
@@ -104,7 +104,7 @@ def measure(teacher: Teacher, num_draws: int, num_examples: int, repetitions: in
     methods: dict[str, Callable[[], object]] = {
         "training step": lambda: plain_steps(estimator, encoded, train_weights=True),
         "floor": lambda: plain_steps(estimator, encoded, train_weights=False),
-        "ours": lambda: estimator.features(encoded, ids),
+        "ours": lambda: estimator.features(encoded, estimator.draws(ids)),
     }
     times = [{name: seconds(work) for name, work in methods.items()} for _ in range(repetitions + 1)]
     return {name: np.array([row[name] for row in times[1:]]) for name in methods}
@@ -116,7 +116,7 @@ def whole_run_ratio(teacher: Teacher, num_draws: int, repetitions: int) -> np.nd
     for _ in range(repetitions):
         with tempfile.TemporaryDirectory() as folder:
             run = seconds(lambda: featurize(teacher, "digits", folder, num_draws=num_draws))
-        steps = measure(teacher, num_draws, 1024 // num_draws, 3)["training step"].mean() / 1024
+        steps = measure(teacher, num_draws, 512 // num_draws, 3)["training step"].mean() / 512
         ratios.append(run / (1797 * num_draws * steps))
     return np.array(ratios)
 
@@ -128,7 +128,7 @@ def whole_run_ratio(teacher: Teacher, num_draws: int, repetitions: int) -> np.nd
 def main(repetitions: int, num_threads: tuple[int, ...], output: Path) -> None:
     """Measure both teachers and print one table."""
     rows = []
-    for name, teacher, num_evaluations in (("demo DiT", load_teacher("demo"), 1024), ("UNet", unet_teacher(), 128)):
+    for name, teacher, num_evaluations in (("demo DiT", load_teacher("demo"), 512), ("UNet", unet_teacher(), 128)):
         millions = sum(p.numel() for p in teacher.denoiser.parameters()) / 1e6
         for threads in num_threads:
             torch.set_num_threads(threads)
@@ -140,20 +140,20 @@ def main(repetitions: int, num_threads: tuple[int, ...], output: Path) -> None:
                     row[f"{method}_ratio"] = np.quantile(times[method] / times["training step"], QUARTILES).tolist()
                 row["whole_run_ratio"] = None
                 if name == "demo DiT":
-                    whole = whole_run_ratio(teacher, num_draws, max(3, repetitions // 3))
+                    whole = whole_run_ratio(teacher, num_draws, 3)
                     row["whole_run_ratio"] = np.quantile(whole, QUARTILES).tolist()
                 rows.append(row)
-    table = Table(
-        "teacher", "threads", "draws", "training step", "floor ratio", "our ratio", title="median [quartiles]"
-    )
-    for row in rows:
-        ratios = ["{1:.2f} [{0:.2f}, {2:.2f}]".format(*(row[f"{name}_ratio"] or [float("nan")] * 3)) for name in names]
-        step = f"{row['training_ms_per_evaluation']:.2f} ms/evaluation"
-        table.add_row(row["teacher"], str(row["threads"]), str(row["num_draws"]), step, *ratios)
-    Console(width=140).print(table)
     result = {"command": "python scripts/bench_featurize.py", "machine": describe_machine(), "rows": rows}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n")
+    ratios = ("floor", "ours", "whole_run")
+    table = Table("teacher", "threads", "draws", "training step", *ratios, title="ratios: median [quartiles]")
+    for row in rows:
+        cells = [row[f"{ratio}_ratio"] for ratio in ratios]
+        shown = ["{1:.2f} [{0:.2f}, {2:.2f}]".format(*cell) if cell else "" for cell in cells]
+        step = f"{row['training_ms_per_evaluation']:.2f} ms/evaluation"
+        table.add_row(row["teacher"], str(row["threads"]), str(row["num_draws"]), step, *shown)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

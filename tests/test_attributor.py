@@ -138,8 +138,8 @@ def test_a_result_says_what_it_was_made_with_and_what_it_cost(
     ("question", "message"),
     [
         ({"label": 0, "top_k": 0}, "`top_k` must be a whole number of at least 1, got 0"),
-        ({"label": 3}, "`label` must be from 0 to 2, got 3"),
-        ({"label": -1}, "`label` must be from 0 to 2, got -1"),
+        ({"label": 3}, "`label` must be a whole number from 0 to 2, got 3"),
+        ({"label": -1}, "`label` must be a whole number from 0 to 2, got -1"),
         ({}, "`label` is needed: this teacher is class-conditional; give one from 0 to 2"),
         ({"label": 0, "prompt": "x"}, "`prompt` was given, but this teacher is class-conditional; leave it out"),
         ({"label": 0, "score": "x"}, "`score` must be one of preconditioned, dot, .*, got 'x'"),
@@ -158,6 +158,30 @@ def test_a_bad_question_is_one_line(
 def test_as_many_labels_as_images_are_needed(attributor: Attributor, pictures: list[tuple[Image.Image, int]]) -> None:
     with pytest.raises(ArgumentError, match=r"`labels` must be as many as images \(=2\), got 1"):
         attributor.scores([pictures[0][0], pictures[1][0]], labels=[0])
+
+
+def test_images_must_be_a_list(attributor: Attributor) -> None:
+    for images in ([], "a.png"):
+        with pytest.raises(ArgumentError, match="`images` must be a list of at least one picture or path, got"):
+            attributor.scores(images)
+
+
+def test_iid_draws_have_no_standard_error(
+    tmp_path: Path, dit_folder: Path, digits_folder: Path, pictures: list[tuple[Image.Image, int]]
+) -> None:
+    featurize(dit_folder, digits_folder, tmp_path / "index", **SETTINGS | {"scheme": "iid"})
+    result = Attributor.open(tmp_path / "index", device="cpu").query(pictures[0][0], label=0)
+    assert [match.standard_error for match in result.proponents] == [None] * 10
+
+
+def test_an_index_that_was_built_again_must_be_opened_again(
+    tmp_path: Path, tiny_index: Path, pictures: list[tuple[Image.Image, int]]
+) -> None:
+    shutil.copytree(tiny_index, tmp_path / "index")
+    opened = Attributor.open(tmp_path / "index", device="cpu")
+    build_index(FeatureStore.open(tmp_path / "index"), kernel="means")
+    with pytest.raises(StoreError, match="was indexed again after it was opened; open it again"):
+        opened.query(pictures[0][0], label=0)
 
 
 def test_a_missing_picture_is_named(attributor: Attributor, tmp_path: Path) -> None:

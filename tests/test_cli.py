@@ -70,7 +70,7 @@ def test_featurize_query_inspect_verify(tmp_path: Path, featurize: Callable[...,
 
 def test_query_prints_json_and_csv_and_writes_a_report(tmp_path: Path, tiny_index: Path, digits_folder: Path) -> None:
     question = ("query", tiny_index, "--image", digits_folder / "1" / "001.png", "--label", 1, "--top-k", 3)
-    answer = json.loads(run(*question, "--json", "--report", tmp_path / "report.html").output)
+    answer = json.loads(run(*question, "--json", "--report", tmp_path / "report.html").stdout)
     assert [match["id"] for match in answer["proponents"]] == answer_ids(run(*question, "--csv").output)
     assert answer["proponents"][0]["standard_error"] > 0
     assert "data:image/png;base64," in (tmp_path / "report.html").read_text()
@@ -185,7 +185,7 @@ def test_parquet_without_an_image_column(featurize: Callable[..., Result], tmp_p
 
 def test_label_out_of_range(tiny_index: Path, digits_folder: Path) -> None:
     result = run("query", tiny_index, "--image", digits_folder / "1" / "001.png", "--label", 10)
-    assert_one_line(result, 2, "`label` must be from 0 to 2, got 10")
+    assert_one_line(result, 2, "`label` must be a whole number from 0 to 2, got 10")
 
 
 def test_prompt_for_an_unconditional_teacher(tmp_path: Path, ddpm_folder: Path, digits_folder: Path) -> None:

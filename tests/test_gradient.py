@@ -467,3 +467,20 @@ def test_objectives_are_means_over_positions_in_float32(objective: Any, expected
     value = row_objective(objective, output, target)
     assert value.dtype == torch.float32
     assert value.tolist() == [expected]
+
+
+@pytest.mark.gpu
+def test_cpu_and_gpu_agree(dit_folder: Path) -> None:
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    features = []
+    for device in ("cpu", "cuda"):
+        teacher = load_teacher(dit_folder, device=device)
+        layers = select_layers(teacher.denoiser)
+        projector = build_projector(ProjectionConfig(), layers, seed=0, device=device, dtype=torch.float32)
+        latents = torch.randn(3, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
+        draws = sample_draws(uniform_proposal(NUM_TIMESTEPS), teacher.latent_shape, num_draws=4)
+        condition = teacher.condition([0, 1, 2], None)
+        features.append(
+            project_gradient(teacher, latents, condition, draws, projector, layers=layers, micro_batch=4).cpu()
+        )
+    assert (features[0] - features[1]).norm() / features[0].norm() < 1e-4

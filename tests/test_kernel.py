@@ -222,5 +222,5 @@ def test_an_index_is_checked_before_it_is_read(store: FeatureStore) -> None:
 def test_an_index_of_other_examples_is_refused(store: FeatureStore) -> None:
     FeatureIndex.build(store, fit_kernel(store), score="dot", damping=0.2).save(store.path)
     store.features_path(2).unlink()
-    with pytest.raises(StoreError, match="is of other examples; run featurize again to the end"):
+    with pytest.raises(StoreError, match="is of other features; run featurize again to the end"):
         read_index_settings(FeatureStore.open(store.path))

@@ -36,6 +36,7 @@ from carv_attrib.estimator import (
     average_bands,
     build_estimator,
     check_finite,
+    kernel_vectors,
     measure_profile,
 )
 from carv_attrib.store import FeatureStore
@@ -372,7 +373,7 @@ def test_mean_feature_over_seeds_meets_the_mean_over_all_timesteps(dit_folder: P
     def features(num_draws: int, seed: int, **settings: Any) -> torch.Tensor:
         config = FeaturizeConfig.from_flat({"num_draws": num_draws, "num_bands": 1, "seed": seed} | settings)
         estimator = replace(build_estimator(teacher, config, min(64, num_draws), profile), projector=fixed.projector)
-        return estimator.features(encoded, [0])[0].double()
+        return estimator.features(encoded, estimator.draws([0]))[0].double()
 
     reference = features(8192, seed=99)
     truth, truth_error = reference.mean(0), reference.std(0) / 8192**0.5
@@ -382,6 +383,35 @@ def test_mean_feature_over_seeds_meets_the_mean_over_all_timesteps(dit_folder: P
         means = torch.stack([features(8, seed, scheme=scheme, proposal=proposal).mean(0) for seed in range(50)])
         error = (means.var(0) / len(means) + truth_error**2).sqrt()
         assert ((means.mean(0) - truth).abs() < 4 * error).all(), (scheme, proposal)
+
+
+def test_the_kernel_is_that_of_p_whatever_the_proposal(dit_folder: Path, digits_folder: Path) -> None:
+    """trace H = E_p[omega^2 |g|^2], from draws of either proposal."""
+    teacher = load_teacher(dit_folder, device="cpu")
+    profile = GradientProfile((10.0, 90.0), (9.0, 1.0))  # a proposal far from uniform
+    traces, errors = [], []
+    for proposal in ("uniform", "pilot"):
+        settings = {"num_draws": 2048, "num_bands": 1, "weighting": "uniform", "proposal": proposal, "scheme": "iid"}
+        estimator = build_estimator(teacher, FeaturizeConfig.from_flat(SETTINGS | settings), 64, profile)
+        draws = estimator.draws([0])
+        features = estimator.features(encoded_digits(estimator, digits_folder, 1), draws)
+        squares = kernel_vectors(features, draws)[0].double().square().sum(-1)
+        traces.append(float(squares.mean()))
+        errors.append(float(squares.std()) / 2048**0.5)
+    assert abs(traces[0] - traces[1]) < 4 * sum(error**2 for error in errors) ** 0.5
+
+
+def test_an_index_is_built_again_when_features_changed_under_it(
+    tmp_path: Path, dit_folder: Path, digits_folder: Path, tiny_index: Path
+) -> None:
+    index = tmp_path / "index"
+    shutil.copytree(tiny_index, index)
+    whole = {name: (index / name).read_bytes() for name in ("index.faiss", "index.json")}
+    store = FeatureStore.open(index)
+    part = store.read_part(1)
+    store.write_part(1, replace(part, features=part.features * 0.1), store.read_records(1))
+    featurize(dit_folder, digits_folder, index, **SETTINGS)
+    assert (index / "index.faiss").read_bytes() != whole["index.faiss"]
 
 
 def test_output_without_permission_is_one_line(tmp_path: Path, dit_folder: Path, digits_folder: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from carv_attrib.seeding import random_bits, random_normals, random_signs, stream, stream_key
+from carv_attrib.seeding import choose_positions, random_bits, random_normals, random_signs, stream, stream_key
 
 SAMPLES = 200_000
 
@@ -103,3 +103,12 @@ def test_normals_are_normal_by_chi_square_on_equal_cells() -> None:
 def test_signs_are_the_same_on_every_device() -> None:
     key = stream_key(0, "device")
     assert torch.equal(random_signs(key, 7, 10_000, "cuda").cpu(), random_signs(key, 7, 10_000))
+
+
+def test_chosen_ids_do_not_depend_on_their_order() -> None:
+    ids = torch.arange(1000) * 7
+    chosen = ids[choose_positions(stream_key(1, "kernel"), ids, 100)]
+    assert len(set(chosen.tolist())) == 100
+    shuffled = ids.flip(0)
+    assert torch.equal(shuffled[choose_positions(stream_key(1, "kernel"), shuffled, 100)], chosen)
+    assert len(choose_positions(stream_key(1, "kernel"), ids[:5], 100)) == 5

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from carv_attrib.errors import StoreCorruptError, StoreError, StoreMismatchError
-from carv_attrib.store import FeatureStore, PartFeatures, Record, atomic_file, concatenate, feeds_kernel
+from carv_attrib.store import FeatureStore, PartFeatures, Record, atomic_file, concatenate
 
 MANIFEST = {
     "config": {"part_size": 4, "num_bands": 2, "num_draws": 4, "feature_dtype": "float16"},
@@ -82,12 +82,27 @@ def test_a_part_whose_examples_were_all_skipped_is_done_and_empty(tmp_path: Path
     assert concatenate([]) is None
 
 
-def test_about_the_asked_share_of_examples_feeds_the_kernel_by_id_alone() -> None:
-    ids = torch.arange(100_000)
-    chosen = feeds_kernel(ids, 0.2, seed=1)
-    assert abs(chosen.float().mean() - 0.2) < 4 * (0.2 * 0.8 / 100_000) ** 0.5
-    assert torch.equal(feeds_kernel(ids.flip(0), 0.2, seed=1), chosen.flip(0))
-    assert feeds_kernel(ids, 1.0, seed=1).all()
+def test_a_part_without_its_records_is_made_again(store: FeatureStore) -> None:
+    store.examples_path(1).unlink()
+    assert FeatureStore.open(store.path).missing_parts() == [1]
+
+
+def test_records_of_another_part_are_an_error_and_not_a_traceback(store: FeatureStore) -> None:
+    shutil.copy(store.examples_path(0), store.examples_path(1))
+    with pytest.raises(StoreCorruptError, match="has no record of example 5; run `carv-attrib verify`"):
+        store.find_records([0, 5])
+
+
+def test_damaged_features_are_not_read(store: FeatureStore) -> None:
+    flip_bit(store.features_path(1), -5)
+    with pytest.raises(StoreCorruptError, match=r"part-000001.safetensors is damaged: its checksum does not match"):
+        store.read_part(1)
+
+
+def test_the_digest_of_a_store_changes_with_a_feature(store: FeatureStore) -> None:
+    before = store.digest()
+    store.write_part(1, part_of([4, 5, 6, 7], 2), records_of([4, 5, 6, 7]))
+    assert FeatureStore.open(store.path).digest() != before
 
 
 def test_nothing_is_left_of_a_file_whose_writing_failed(tmp_path: Path) -> None:

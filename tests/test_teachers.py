@@ -378,8 +378,8 @@ def test_a_dtype_that_does_not_exist_is_refused(ddpm_folder: Path) -> None:
             None,
             r"`label` is needed: this teacher is class-conditional; give one from 0 to 2\.",
         ),
-        ("dit_folder", [0, 3], None, r"`label` must be from 0 to 2, got 3\."),
-        ("dit_folder", [-1], None, r"`label` must be from 0 to 2, got -1\."),
+        ("dit_folder", [0, 3], None, r"`label` must be a whole number from 0 to 2, got 3\."),
+        ("dit_folder", [-1], None, r"`label` must be a whole number from 0 to 2, got -1\."),
         ("sd_folder", [0], None, r"`label` was given, but this teacher is text-conditional; leave it out\."),
         ("sd_folder", None, None, r"`prompt` is needed: this teacher is text-conditional; give one, or an empty one"),
         (
