@@ -162,7 +162,7 @@ class ExecutionConfig:
     """What changes speed and memory but not what is estimated, and may change between resumes.
 
     Attributes:
-        batch_size: examples that are read and held at once.
+        batch_size: examples that are read and held at once, rounded up to fill network calls.
         micro_batch: rows of every network call, always full; by default chosen from the size of the latents.
         device: auto, cpu, cuda, cuda:1, mps.
         skip_bad: record unreadable images and go on, instead of stopping.

@@ -62,6 +62,11 @@ class Estimator:
     weighting: Float[Tensor, " timesteps"]
     micro_batch: int
 
+    @property
+    def examples_per_call(self) -> int:
+        """Number of examples whose draws fill one network call."""
+        return max(1, self.micro_batch // self.config.num_draws)
+
     def encode(
         self,
         pixels: Float[Tensor, "batch channels height width"],
@@ -74,7 +79,7 @@ class Estimator:
             ArgumentError: for a label or prompt that the teacher does not take, or a missing one.
         """
         latents, conditions = [], []
-        for rows in full_calls(len(pixels), max(1, self.micro_batch // self.config.num_draws)):
+        for rows in full_calls(len(pixels), self.examples_per_call):
             latents.append(self.teacher.encode(pixels[rows]))
             conditions.append(
                 build_condition(

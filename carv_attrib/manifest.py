@@ -38,7 +38,7 @@ def open_or_create(
         store = FeatureStore.open(output)
         store.check_matches(identity)
         return store, restore_estimator(teacher, store.manifest, config.execution.micro_batch)
-    micro_batch = config.execution.micro_batch or default_micro_batch(teacher)
+    micro_batch = config.execution.micro_batch or default_micro_batch(teacher, config)
     profile = run_pilot(teacher, examples, config, micro_batch) if needs_pilot(config) else None
     estimator = build_estimator(teacher, config, micro_batch, profile)
     manifest = {
@@ -108,7 +108,11 @@ def run_pilot(teacher: Teacher, examples: ExampleDataset, config: FeaturizeConfi
     return measure_profile(estimator, encode_batch(estimator, batch), batch.keys)
 
 
-def default_micro_batch(teacher: Teacher) -> int:
-    """Return rows for a network call: 64 for 16 x 16 latents, in inverse proportion to their area, from 1 to 256."""
+def default_micro_batch(teacher: Teacher, config: FeaturizeConfig) -> int:
+    """Return rows for a network call: 64 for 16 x 16 latents, in inverse proportion to their area.
+
+    From 1 to 256, and no more than a part of the dataset has draws.
+    """
     _, height, width = teacher.latent_shape
-    return max(1, min(256, 64 * 256 // (height * width)))
+    rows_of_a_part = config.storage.part_size * config.estimator.num_draws
+    return max(1, min(256, 64 * 256 // (height * width), rows_of_a_part))

@@ -5,6 +5,7 @@ image -> encode once -> many cheap (timestep, noise) draws -> per-example gradie
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -72,13 +73,9 @@ def featurize_rows(
     """Return the features and the records of some rows of a dataset."""
     pieces, records = [], []
     kernel_ids = choose_kernel_ids(examples, config.estimator)
-    for start in range(0, len(rows), config.execution.batch_size):
-        batch = read_batch(
-            examples,
-            rows[start : start + config.execution.batch_size],
-            estimator.teacher,
-            skip_bad=config.execution.skip_bad,
-        )
+    step = estimator.examples_per_call * math.ceil(config.execution.batch_size / estimator.examples_per_call)
+    for start in range(0, len(rows), step):
+        batch = read_batch(examples, rows[start : start + step], estimator.teacher, skip_bad=config.execution.skip_bad)
         if len(batch.ids):
             encoded = encode_batch(estimator, batch)  # dear: once for each example
             draws = estimator.draws(batch.ids)

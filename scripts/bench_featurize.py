@@ -98,7 +98,7 @@ def seconds(work: Callable[[], object]) -> float:
 def measure(teacher: Teacher, num_draws: int, num_examples: int, repetitions: int) -> dict[str, np.ndarray]:
     """Return the seconds of each method in each repetition, after one that is not counted."""
     config = FeaturizeConfig.from_flat({"num_draws": num_draws, "num_bands": min(4, num_draws)})
-    estimator = build_estimator(teacher, config, default_micro_batch(teacher), profile=None)
+    estimator = build_estimator(teacher, config, default_micro_batch(teacher, config), profile=None)
     encoded = random_examples(teacher, num_examples)
     ids = list(range(num_examples))
     methods: dict[str, Callable[[], object]] = {
