@@ -29,6 +29,9 @@ class CarvGroup(click.Group):
             return super().invoke(ctx)
         except CarvError as err:
             raise _OneLine(err) from err
+        except KeyboardInterrupt as err:
+            stopped = CarvError("stopped; finished parts are kept, and the same command goes on from there.")
+            raise _OneLine(stopped) from err
         except PermissionError as err:
             raise _OneLine(CarvError(f"{err.filename}: permission denied; use a folder that you may use.")) from err
 

@@ -92,6 +92,8 @@ class FeatureStore:
         """
         path = Path(path)
         file = path / "manifest.json"
+        if not path.exists():
+            raise StoreError(f"{path} does not exist; name the folder that `carv-attrib featurize` wrote.")
         if not file.is_file():
             raise StoreError(f"{path} is not an index: it has no manifest.json; make one with `carv-attrib featurize`.")
         try:

@@ -227,6 +227,16 @@ def test_top_k_zero(tiny_index: Path, digits_folder: Path) -> None:
     assert_one_line(result, 2, "`top_k` must be a whole number of at least 1, got 0")
 
 
+def test_an_interrupt_says_that_nothing_is_lost(
+    featurize: Callable[..., Result], digits_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: object, **settings: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("carv_attrib.pipeline.featurize", interrupt)
+    assert_one_line(featurize(digits_folder), 1, "finished parts are kept, and the same command goes on from there")
+
+
 def test_json_and_csv_together(tiny_index: Path, digits_folder: Path) -> None:
     result = run("query", tiny_index, "--image", digits_folder / "1" / "001.png", "--json", "--csv")
     assert_one_line(result, 2, "--json and --csv exclude each other")

@@ -121,7 +121,8 @@ def test_a_full_disk_stops_the_run_with_one_line_and_keeps_what_was_done(
 ) -> None:
     before = store.features_path(0).read_bytes()
 
-    def full(*arguments: object, **options: object) -> None:
+    def full(tensors: object, path: Path, **options: object) -> None:
+        path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("carv_attrib.store.save_file", full)
@@ -131,6 +132,18 @@ def test_a_full_disk_stops_the_run_with_one_line_and_keeps_what_was_done(
         store.write_part(0, part_of([0, 1, 2, 3], 5), records_of([0, 1, 2, 3]))
     assert "\n" not in str(caught.value)
     assert store.features_path(0).read_bytes() == before
+
+
+def test_features_are_not_written_before_their_records(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.features_path(0).unlink()
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("carv_attrib.store._write_records", full)
+    with pytest.raises(StoreError, match="No space left on device"):
+        store.write_part(0, part_of([0, 1, 2, 3], 5), records_of([0, 1, 2, 3]))
+    assert not store.features_path(0).exists()
 
 
 def test_leftovers_of_a_killed_writer_are_removed_by_the_next(store: FeatureStore) -> None:
@@ -180,6 +193,11 @@ def test_settings_that_differ_are_listed_with_both_values(store: FeatureStore) -
 def test_opening_a_folder_without_a_manifest_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="is not an index: it has no manifest.json; make one with `carv-attrib feat"):
         FeatureStore.open(tmp_path)
+
+
+def test_opening_a_folder_that_does_not_exist_says_so(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="nowhere does not exist; name the folder"):
+        FeatureStore.open(tmp_path / "nowhere")
 
 
 def test_a_damaged_manifest_is_named(store: FeatureStore) -> None:
