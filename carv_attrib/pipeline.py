@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Int64
 from safetensors import SafetensorError
+from torch import Tensor
 
 from carv_attrib.batches import check_columns, choose_kernel_ids, encode_batch, read_batch
-from carv_attrib.config import FeaturizeConfig, check_choice
+from carv_attrib.config import ExecutionConfig, FeaturizeConfig, check_choice
 from carv_attrib.data import ExampleDataset, open_dataset
 from carv_attrib.errors import StoreError
 from carv_attrib.estimator import Estimator, average_bands, check_finite, kernel_vectors
@@ -57,31 +59,37 @@ def featurize(
     examples = open_dataset(dataset, **asdict(config.data))
     check_columns(teacher, examples)
     store, estimator = open_or_create(teacher, examples, output, config)
+    kernel_ids = choose_kernel_ids(examples, config.estimator)
     done = len(examples) - sum(len(store.part_rows(part)) for part in store.missing_parts())
     with store.writing():
         with progress("featurize", len(examples), done) as advance:
             for part in store.missing_parts():
-                features, records = featurize_rows(estimator, examples, store.part_rows(part), config, advance)
+                rows = store.part_rows(part)
+                features, records = featurize_rows(estimator, examples, rows, kernel_ids, config.execution, advance)
                 store.write_part(part, features, records)
         ensure_index(store)
     return store
 
 
 def featurize_rows(
-    estimator: Estimator, examples: ExampleDataset, rows: range, config: FeaturizeConfig, advance: Callable[[int], None]
+    estimator: Estimator,
+    examples: ExampleDataset,
+    rows: range,
+    kernel_ids: Int64[Tensor, " kernel"],
+    execution: ExecutionConfig,
+    advance: Callable[[int], None],
 ) -> tuple[PartFeatures | None, list[Record]]:
     """Return the features and the records of some rows of a dataset."""
     pieces, records = [], []
-    kernel_ids = choose_kernel_ids(examples, config.estimator)
-    step = estimator.examples_per_call * math.ceil(config.execution.batch_size / estimator.examples_per_call)
+    step = estimator.examples_per_call * math.ceil(execution.batch_size / estimator.examples_per_call)
     for start in range(0, len(rows), step):
-        batch = read_batch(examples, rows[start : start + step], estimator.teacher, skip_bad=config.execution.skip_bad)
+        batch = read_batch(examples, rows[start : start + step], estimator.teacher, skip_bad=execution.skip_bad)
         if len(batch.ids):
             encoded = encode_batch(estimator, batch)  # dear: once for each example
             draws = estimator.draws(batch.ids)
             features = estimator.features(encoded, draws)  # cheap, many: (batch, draws, proj_dim)
             check_finite(features, batch.keys)
-            bands = average_bands(features, config.estimator)  # (batch, bands, replicates, proj_dim)
+            bands = average_bands(features, estimator.config)  # (batch, bands, replicates, proj_dim)
             keep = torch.isin(batch.ids, kernel_ids)
             vectors = kernel_vectors(features, draws)[keep]  # (kernel, draws, proj_dim)
             pieces.append(PartFeatures(batch.ids, bands, batch.ids[keep], vectors))
@@ -91,7 +99,7 @@ def featurize_rows(
 
 
 def ensure_index(store: FeatureStore) -> None:
-    """Build the index unless there is a whole one of these examples, whatever the score it was built for."""
+    """Build the index unless there is a whole one of these features, whatever the score it was built for."""
     try:
         read_index_settings(store)
     except StoreError:

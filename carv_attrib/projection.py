@@ -152,7 +152,6 @@ class KroneckerProjector:
         self._block_dim = sum(self._dims.values())
         self.proj_dim = min(proj_dim, self._block_dim)
         self._depth = math.ceil(self._block_dim / self.proj_dim)
-        self._device = device
         padded_dim = self._depth * self.proj_dim
         places = choose_positions(stream_key(seed, "kronecker", "fold places"), torch.arange(padded_dim), padded_dim)
         self._permutation = places.to(device)
