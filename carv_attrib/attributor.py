@@ -77,7 +77,7 @@ class Attributor:
         if isinstance(teacher, str | Path):
             teacher = load_teacher(teacher, device=self._device, dtype=self.store.manifest["config"]["dtype"])
         manifest = self.store.manifest
-        one_picture = min(manifest["micro_batch"], manifest["config"]["num_draws"])
+        one_picture = min(manifest["micro_batch"], manifest["draws_per_example"])
         return restore_estimator(teacher, manifest, micro_batch=one_picture)
 
     def query(
@@ -130,7 +130,7 @@ class Attributor:
             opponents=tuple(reversed(matches[1])) if opponents else (),
             settings=self._describe(score, kernel, damping),
             cost={
-                "network_evaluations": self.estimator.config.num_draws,
+                "network_evaluations": self.estimator.config.draws_per_example,
                 "examples_searched": len(self.ids),
                 "seconds": round(time.perf_counter() - started, 3),
             },
@@ -228,10 +228,12 @@ class Attributor:
         """Return the banded features and the pixels of pictures."""
         estimator = self.estimator
         pixels = torch.stack([to_pixels(picture, estimator.teacher.pixel_spec) for picture in pictures])
-        encoded = estimator.encode(pixels, labels, prompts)
-        features = estimator.features(encoded, estimator.draws([_query_id(row) for row in pixels]))
+        ids = [_query_id(row) for row in pixels]
+        encoded = estimator.encode(pixels, labels, prompts, ids)
+        draws = estimator.draws(ids)
+        features = estimator.features(encoded, draws)
         check_finite(features, [f"query {i}" for i in range(len(pictures))])
-        return average_bands(features, estimator.config), pixels
+        return average_bands(features, draws, estimator.config), pixels
 
     def _similarity(
         self, query: Tensor, train: Tensor, score: ScoreKind, kernel: KernelKind, damping: float

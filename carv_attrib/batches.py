@@ -104,4 +104,4 @@ def check_label(teacher: Teacher, example: Example) -> None:
 
 def encode_batch(estimator: Estimator, batch: Batch) -> Encoded:
     """Return the latents and the condition of a batch."""
-    return estimator.encode(batch.pixels, batch.labels, batch.prompts)
+    return estimator.encode(batch.pixels, batch.labels, batch.prompts, batch.ids.tolist())

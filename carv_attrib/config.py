@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from carv_attrib.errors import ArgumentError
-from carv_attrib.sampling import Scheme
+from carv_attrib.sampling import Scheme, num_halves, pair_size
 
 ProposalKind = Literal["uniform", "weight", "pilot"]
 Weighting = Literal["balanced", "uniform"]
 NoiseSharing = Literal["shared", "independent"]
 Objective = Literal["loss", "squared-norm", "mean"]
+Encoding = Literal["mode", "sample"]
+Augmentation = Literal["none", "flip", "crop"]
 ProjectionKind = Literal["kronecker", "rademacher", "normal", "trak-basic", "trak-cuda"]
 FeatureDtype = Literal["float16", "float32"]
 TeacherDtype = Literal["float32", "bfloat16", "float16", "float64"]
@@ -44,13 +46,16 @@ class EstimatorConfig:
     """Which gradient is estimated, and with which draws (`docs/method.md`, eq. (1) to (5)).
 
     Attributes:
-        num_draws: K, (timestep, noise) draws for each example.
-        num_bands: B, groups of adjacent draws whose means are kept apart; divides `num_draws`.
+        num_draws: K, (timestep, noise) draws for each encoding of an example.
+        num_bands: B, bands of timesteps whose means are kept apart; divides `num_draws`.
         scheme: how the K draws depend on one another.
         proposal: q(t), the distribution that timesteps are drawn from.
         noise: the same draws for every example and query, or their own for each.
         weighting: omega(t), part of what is attributed; balanced = 1 / rms gradient norm at t.
         objective: what is differentiated.
+        num_encodings: R, random encodings of each example that its features average over.
+        encoding: the posterior mode, or a sample of the posterior.
+        augmentation: a random flip or crop before each encoding.
         kernel_examples: how many examples keep every draw, for the kernel over draws.
         seed: of draws, projection and pilot.
     """
@@ -62,12 +67,16 @@ class EstimatorConfig:
     noise: NoiseSharing = "shared"
     weighting: Weighting = "balanced"
     objective: Objective = "loss"
+    num_encodings: int = 1
+    encoding: Encoding = "mode"
+    augmentation: Augmentation = "none"
     kernel_examples: int = 1000
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_at_least("num_draws", self.num_draws, 1)
         check_at_least("num_bands", self.num_bands, 1)
+        check_at_least("num_encodings", self.num_encodings, 1)
         check_at_least("kernel_examples", self.kernel_examples, 1)
         check_at_least("seed", self.seed, 0)
         check_choice("scheme", self.scheme, Scheme)
@@ -75,22 +84,43 @@ class EstimatorConfig:
         check_choice("weighting", self.weighting, Weighting)
         check_choice("noise", self.noise, NoiseSharing)
         check_choice("objective", self.objective, Objective)
+        check_choice("encoding", self.encoding, Encoding)
+        check_choice("augmentation", self.augmentation, Augmentation)
+        if self.num_encodings > 1 and not self.random_encoding:
+            raise ArgumentError(
+                f"`num_encodings` must be 1 where all encodings are the same, got {self.num_encodings}; "
+                "use `encoding` sample or an `augmentation`."
+            )
         if self.num_draws % self.num_bands:
             raise ArgumentError(
                 f"`num_bands` must divide `num_draws` (={self.num_draws}), got {self.num_bands}; "
                 f"use {max(b for b in range(1, self.num_bands) if self.num_draws % b == 0)}."
             )
-        if self.scheme == "antithetic" and self.num_draws // self.num_bands % 2:
+        if self.num_draws // self.num_bands % pair_size(self.scheme):
             raise ArgumentError(
-                "`num_bands` must leave an even number of draws in each band for `scheme` antithetic, got "
+                f"`num_bands` must leave an even number of draws in each band for `scheme` {self.scheme}, got "
                 f"{self.num_bands} bands of {self.num_draws // self.num_bands}; use fewer bands or more draws."
             )
 
     @property
     def num_replicates(self) -> int:
         """Halves of a band that are kept apart for standard errors: 2 where its draws (pairs) split evenly, else 1."""
-        independent = self.num_draws // self.num_bands // (2 if self.scheme == "antithetic" else 1)
-        return 2 if independent % 2 == 0 else 1
+        return num_halves(self.num_draws, self.num_bands, self.scheme)
+
+    @property
+    def draws_per_example(self) -> int:
+        """R K, the network evaluations that an example costs."""
+        return self.num_encodings * self.num_draws
+
+    @property
+    def every_draw_a_band(self) -> bool:
+        """Whether products of gradients are taken draw by draw (B = K) and not between means over bands."""
+        return self.num_bands == self.num_draws
+
+    @property
+    def random_encoding(self) -> bool:
+        """Whether two encodings of an example differ."""
+        return self.encoding == "sample" or self.augmentation != "none"
 
 
 @dataclass(frozen=True)

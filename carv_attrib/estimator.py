@@ -6,15 +6,18 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from carv_attrib.augmentation import augment
 from carv_attrib.config import EstimatorConfig, FeaturizeConfig
 from carv_attrib.errors import NonFiniteGradientError, TeacherError
 from carv_attrib.gradient import full_calls, project_gradient, select_layers
 from carv_attrib.projection import Layer, Projector, build_projector
-from carv_attrib.sampling import Draws, Proposal, importance_proposal, sample_draws, uniform_proposal
+from carv_attrib.sampling import Draws, Proposal, importance_proposal, pair_size, sample_draws, uniform_proposal
+from carv_attrib.seeding import stream
 from carv_attrib.teacher import Condition, Teacher, build_condition, placement
 
 PILOT_EXAMPLES = 32
@@ -36,8 +39,6 @@ class GradientProfile:
 
     def at_every_timestep(self, num_timesteps: int) -> Float[Tensor, " timesteps"]:
         """Return the profile at each timestep, constant beyond its ends, in float64."""
-        import numpy as np
-
         log_norms = np.interp(np.arange(num_timesteps), self.timesteps, np.log(self.rms_norms))
         return torch.from_numpy(np.exp(log_norms))
 
@@ -46,7 +47,7 @@ class GradientProfile:
 class Encoded:
     """Examples after the expensive upstream work, which is done once."""
 
-    latents: Float[Tensor, "batch c h w"]
+    latents: Float[Tensor, "batch encodings c h w"]
     condition: Condition
 
 
@@ -65,22 +66,25 @@ class Estimator:
     @property
     def examples_per_call(self) -> int:
         """Number of examples whose draws fill one network call."""
-        return max(1, self.micro_batch // self.config.num_draws)
+        return max(1, self.micro_batch // self.config.draws_per_example)
 
     def encode(
         self,
         pixels: Float[Tensor, "batch channels height width"],
         labels: Sequence[int | None] | None,
         prompts: Sequence[str | None] | None,
+        ids: Sequence[int],
     ) -> Encoded:
         """Return latents and conditions, in calls of as many examples as have their draws in one network call.
+
+        Random encodings are functions of the seed, the example's id and r.
 
         Raises:
             ArgumentError: for a label or prompt that the teacher does not take, or a missing one.
         """
         latents, conditions = [], []
         for rows in full_calls(len(pixels), self.examples_per_call):
-            latents.append(self.teacher.encode(pixels[rows]))
+            latents.append(self._encodings(pixels[rows], [ids[row] for row in rows]))
             conditions.append(
                 build_condition(
                     self.teacher,
@@ -91,16 +95,42 @@ class Estimator:
         condition = {name: torch.cat([c[name] for c in conditions])[: len(pixels)] for name in conditions[0]}
         return Encoded(torch.cat(latents)[: len(pixels)], condition)
 
-    def draws(self, ids: Sequence[int] | Tensor) -> Draws:
-        """Return the draws of the examples with these ids; one row for all when noise is shared."""
-        return sample_draws(
-            self.proposal,
-            self.teacher.latent_shape,
-            num_draws=self.config.num_draws,
-            scheme=self.config.scheme,
-            seed=self.config.seed,
-            ids=[int(i) for i in ids] if self.config.noise == "independent" else None,
-        )
+    def _encodings(
+        self, pixels: Float[Tensor, "batch channels height width"], ids: Sequence[int]
+    ) -> Float[Tensor, "batch encodings c h w"]:
+        """Return R latents of each example."""
+        config, encodings = self.config, []
+        for r in range(config.num_encodings):
+            augmented = augment(pixels, config.augmentation, [stream(config.seed, "augmentation", i, r) for i in ids])
+            noise = None
+            if config.encoding == "sample":
+                shape = self.teacher.latent_shape
+                streams = [stream(config.seed, "encoding", i, r) for i in ids]
+                noise = torch.from_numpy(np.stack([s.standard_normal(shape, np.float32) for s in streams]))
+            encodings.append(self.teacher.encode(augmented, noise))
+        return torch.stack(encodings, dim=1)
+
+    def draws(self, ids: Sequence[int]) -> Draws:
+        """Return the R K draws of the examples with these ids; one row for all when noise is shared."""
+        config = self.config
+        per_encoding = [
+            sample_draws(
+                self.proposal,
+                self.teacher.latent_shape,
+                num_draws=config.num_draws,
+                num_bands=1 if config.every_draw_a_band else config.num_bands,
+                scheme=config.scheme,
+                seed=config.seed,
+                purpose=f"features of encoding {r}",
+                ids=ids if config.noise == "independent" else None,
+            )
+            for r in range(config.num_encodings)
+        ]
+        columns = {
+            name: torch.cat([getattr(draws, name) for draws in per_encoding], dim=1)
+            for name in ("timesteps", "noise", "weights")
+        }
+        return Draws(**columns, band_sizes=per_encoding[0].band_sizes)
 
     def features(self, encoded: Encoded, draws: Draws) -> Float[Tensor, "batch draws proj_dim"]:
         """Return the weighted, projected gradient of every draw, in float32 on the CPU."""
@@ -193,13 +223,26 @@ def measure_profile(estimator: Estimator, encoded: Encoded, keys: Sequence[str])
 
 
 def average_bands(
-    draw_features: Float[Tensor, "batch draws proj_dim"], config: EstimatorConfig
+    draw_features: Float[Tensor, "batch draws proj_dim"], draws: Draws, config: EstimatorConfig
 ) -> Float[Tensor, "batch bands replicates proj_dim"]:
-    """Return means over each half of each band of adjacent draws; alternate draws (antithetic pairs) share a half."""
+    """Return means under p over each half of each band; alternate draws (antithetic pairs) share a half.
+
+    The weight of a draw is for a mean over all K, where a band of n draws has a share of n / K and not of 1 / B: times
+    `B n / K`, it is for the mean over the band. Where each draw is a band, products are taken draw by draw, and the
+    weight must be in them once: each side keeps its root.
+    """
     batch, _, proj_dim = draw_features.shape
-    unit = 2 if config.scheme == "antithetic" else 1
-    halves = draw_features.view(batch, config.num_bands, -1, config.num_replicates, unit, proj_dim)
-    return halves.mean((2, 4))
+    if config.every_draw_a_band:
+        features = kernel_vectors(draw_features, draws)
+        return features.view(batch, config.num_encodings, config.num_draws, 1, proj_dim).mean(1)
+    features = draw_features.view(batch, config.num_encodings, config.num_draws, proj_dim)
+    shape = (batch, config.num_encodings, -1, config.num_replicates, pair_size(config.scheme), proj_dim)
+    means, start = [], 0
+    for size in draws.band_sizes:
+        halves = features[:, :, start : start + size].reshape(shape).mean((1, 2, 4))
+        means.append(halves * (config.num_bands * size / config.num_draws))
+        start += size
+    return torch.stack(means, dim=1)
 
 
 def kernel_vectors(

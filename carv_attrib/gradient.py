@@ -45,7 +45,7 @@ def select_layers(denoiser: nn.Module, patterns: Sequence[str] = ()) -> list[Lay
 
 def project_gradient(
     teacher: Teacher,
-    latents: Float[Tensor, "batch c h w"],
+    latents: Float[Tensor, "batch encodings c h w"],
     condition: Condition,
     draws: Draws,
     projector: Projector,
@@ -62,7 +62,7 @@ def project_gradient(
 
     Args:
         teacher: the frozen model.
-        latents: clean latents.
+        latents: clean latents; the draws of an example are for its encodings in turn, as many for each.
         condition: one row for each example.
         draws: for each example, or one row of shared ones.
         projector: for these `layers`.
@@ -77,11 +77,12 @@ def project_gradient(
     features = []
     for rows in full_calls(batch * num_draws, micro_batch):
         example, draw = rows // num_draws, rows % num_draws
+        encoding = draw * latents.shape[1] // num_draws
         row_condition = {name: values[example.to(values.device)] for name, values in condition.items()}
         features.append(
             _project_rows(
                 teacher,
-                latents[example.to(latents.device)],
+                latents[example.to(latents.device), encoding.to(latents.device)],
                 row_condition,
                 draws.timesteps[example, draw],
                 draws.noise[example, draw],

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from carv_attrib.batches import encode_batch, read_batch
+from carv_attrib.batches import Batch, encode_batch, read_batch
 from carv_attrib.config import FeaturizeConfig
 from carv_attrib.data import RESIZE_RULE, ExampleDataset
 from carv_attrib.errors import DataError, StoreMismatchError
@@ -21,9 +21,15 @@ from carv_attrib.teacher import Teacher
 
 
 def open_or_create(
-    teacher: Teacher, examples: ExampleDataset, output: str | Path, config: FeaturizeConfig
+    teacher: Teacher,
+    examples: ExampleDataset,
+    output: str | Path,
+    config: FeaturizeConfig,
+    plan: Mapping[str, Any] | None = None,
 ) -> tuple[FeatureStore, Estimator]:
     """Return the store at `output` and its estimator: as begun earlier with the same settings, or new.
+
+    A new manifest keeps the `plan` that the settings came from, if any.
 
     Raises:
         StoreMismatchError: if it was begun with other settings, a teacher or a dataset other than these.
@@ -57,8 +63,10 @@ def open_or_create(
         "layers": [layer.name for layer in estimator.layers],
         "proj_dim": estimator.projector.proj_dim,
         "num_replicates": config.estimator.num_replicates,
+        "draws_per_example": config.estimator.draws_per_example,
         "draws_sha256": estimator.draws_fingerprint(),
         "versions": {name: version(name) for name in ("carv-attrib", "torch", "diffusers", "numpy")},
+        **({"plan": plan} if plan else {}),
     }
     return FeatureStore.create(output, manifest), estimator
 
@@ -97,15 +105,30 @@ def run_pilot(teacher: Teacher, examples: ExampleDataset, config: FeaturizeConfi
     Raises:
         DataError: if none of them can be read.
     """
-    key = stream_key(config.estimator.seed, "pilot")
-    rows = choose_positions(key, torch.from_numpy(examples.ids), PILOT_EXAMPLES).tolist()
+    batch = read_pilot(teacher, examples, config)
+    estimator = build_estimator(teacher, config, micro_batch, profile=None)
+    return measure_profile(estimator, encode_batch(estimator, batch), batch.keys)
+
+
+def read_pilot(teacher: Teacher, examples: ExampleDataset, config: FeaturizeConfig) -> Batch:
+    """Read the examples of the pilot.
+
+    Raises:
+        DataError: if none of them can be read.
+    """
+    rows = pilot_rows(examples, config, PILOT_EXAMPLES)
     batch = read_batch(examples, rows, teacher, skip_bad=config.execution.skip_bad)
     if not len(batch.ids):
         raise DataError(
             f"none of {len(rows)} pilot examples of {examples.source} could be read: {batch.records[0].error}"
         )
-    estimator = build_estimator(teacher, config, micro_batch, profile=None)
-    return measure_profile(estimator, encode_batch(estimator, batch), batch.keys)
+    return batch
+
+
+def pilot_rows(examples: ExampleDataset, config: FeaturizeConfig, count: int) -> list[int]:
+    """Return the first so many rows of the dataset in an order by a hash of their ids under the seed."""
+    key = stream_key(config.estimator.seed, "pilot")
+    return choose_positions(key, torch.from_numpy(examples.ids), count).tolist()
 
 
 def default_micro_batch(teacher: Teacher, config: FeaturizeConfig) -> int:
@@ -114,5 +137,5 @@ def default_micro_batch(teacher: Teacher, config: FeaturizeConfig) -> int:
     From 1 to 256, and no more than a part of the dataset has draws.
     """
     _, height, width = teacher.latent_shape
-    rows_of_a_part = config.storage.part_size * config.estimator.num_draws
+    rows_of_a_part = config.storage.part_size * config.estimator.draws_per_example
     return max(1, min(256, 64 * 256 // (height * width), rows_of_a_part))

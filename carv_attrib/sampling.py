@@ -1,13 +1,14 @@
 """Which (timestep, noise) draws to take, and what each one weighs (`docs/method.md`, eq. (2) to (5)).
 
 Nothing here knows about images or gradients: the estimator of `E_{t~p, eps}[f(t, eps)]` is
-`mean_k weights[k] * f(timesteps[k], noise[k])` for any `f`.
+`mean_k weights[k] * f(timesteps[k], noise[k])` for any `f`, be it a teacher's gradient, a score that is distilled into
+a scene, or one that trains a one-step generator.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -18,10 +19,13 @@ from torch import Tensor
 from carv_attrib.errors import ArgumentError
 from carv_attrib.seeding import stream
 
-Scheme = Literal["stratified", "antithetic", "iid", "grid"]
+Scheme = Literal["stratified", "antithetic", "orthogonal", "iid", "grid"]
 
 DEFENSIVE_SHARE = 0.1
 """Share of p mixed into every proposal, so that importance weights never exceed its inverse."""
+
+
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: its multiples fill a circle most evenly
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,17 @@ class Proposal:
     def inverse_cdf(self, uniforms: Float[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
         """Return the timestep below which a share `u` in [0, 1) of q lies: exactly q-distributed for uniform u."""
         cdf = self.density.cumsum(0) / self.density.sum()
-        return torch.searchsorted(cdf, uniforms, right=True).clamp(max=len(cdf) - 1)
+        return torch.searchsorted(cdf, uniforms.contiguous(), right=True).clamp(max=len(cdf) - 1)
+
+    def band_edges(self, num_bands: int) -> Float[Tensor, " edges"]:
+        """Return the shares of q that lie below the edges of `num_bands` bands of equal mass under p, 0 and 1 included.
+
+        A timestep across an edge belongs to both bands, in shares.
+        """
+        grid = np.concatenate([[0.0], self.target.cumsum(0).numpy()])
+        below = np.concatenate([[0.0], self.density.cumsum(0).numpy()])
+        edges = np.interp(np.linspace(0, grid[-1], num_bands + 1), grid, below / below[-1])
+        return torch.from_numpy(edges)
 
     def importance_weights(self, timesteps: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Return p(t)/q(t), float64: multiplying by it keeps the mean over draws unbiased for the mean under p."""
@@ -71,24 +85,27 @@ def importance_proposal(magnitude: Float[Tensor, " timesteps"], defensive_share:
 
 @dataclass(frozen=True)
 class Draws:
-    """K draws for each row of a batch, in increasing order of timestep; one row serves all when shared.
+    """K draws for each row of a batch, band after band; one row serves all when shared.
 
     Attributes:
-        timesteps: in [0, num_train_timesteps).
+        timesteps: in [0, num_train_timesteps), increasing.
         noise: N(0, 1), float32.
-        weights: importance weights p/q, float64.
+        weights: such that `mean_k weights[k] * f(k)` estimates the mean of f under p, float64: p/q for one band.
+        band_sizes: how many draws each band of timesteps has; bands have equal mass under p.
     """
 
     timesteps: Int[Tensor, "batch draws"]
     noise: Float[Tensor, "batch draws *latent"]
     weights: Float[Tensor, "batch draws"]
+    band_sizes: tuple[int, ...]
 
     def expand(self, batch: int) -> Draws:
         """Return the same draws for `batch` examples (no copy)."""
-        return Draws(
-            self.timesteps.expand(batch, *self.timesteps.shape[1:]),
-            self.noise.expand(batch, *self.noise.shape[1:]),
-            self.weights.expand(batch, *self.weights.shape[1:]),
+        return replace(
+            self,
+            timesteps=self.timesteps.expand(batch, *self.timesteps.shape[1:]),
+            noise=self.noise.expand(batch, *self.noise.shape[1:]),
+            weights=self.weights.expand(batch, *self.weights.shape[1:]),
         )
 
 
@@ -97,6 +114,7 @@ def sample_draws(
     latent_shape: Sequence[int],
     *,
     num_draws: int,
+    num_bands: int = 1,
     scheme: Scheme = "stratified",
     seed: int = 0,
     purpose: str = "features",
@@ -104,14 +122,20 @@ def sample_draws(
 ) -> Draws:
     """Return K draws for each id, or one row of K draws shared by all when `ids` is None (eq. (4), (5)).
 
-    Unbiased for `stratified`, `antithetic` and `iid`: each timestep is, over seeds, q-distributed within its stratum
-    and strata have equal mass, so `E[mean_k w_k f(t_k, eps_k)] = sum_t p(t) E[f(t, eps)]`. `grid` is D-TRAK's fixed
-    grid, which is biased, for comparison.
+    Unbiased for all schemes but `grid`, D-TRAK's fixed grid, which is there for comparison: over seeds, each timestep
+    is q-distributed within its stratum, each noise is N(0, I), and the weights undo q and the sizes of the bands, so
+    that `E[mean_k w_k f(t_k, eps_k)] = sum_t p(t) E[f(t, eps)]`.
+
+    With one stratum there is nothing to stratify within an example, so that examples are stratified together: the
+    point of an id is one random number moved on by the id times the golden ratio. Neighbouring ids fill [0, 1) evenly,
+    whichever batch they are in.
 
     Args:
         proposal: q(t) and p(t).
         latent_shape: shape of one noise tensor.
-        num_draws: K; even for `antithetic`.
+        num_draws: K.
+        num_bands: bands of equal mass under p. Each gets draws in proportion to its mass under q, but at least as many
+            as form a unit (`band_sizes`), so that the mean over each band is estimated whatever q is.
         scheme: how the K timesteps and noises depend on one another.
         seed: names the streams, with `purpose`, the id if given, and nothing else.
         purpose: keeps streams for different uses apart.
@@ -120,56 +144,121 @@ def sample_draws(
     Raises:
         ArgumentError: for a scheme that is not known, or if `num_draws` does not fit it.
     """
-    _check_num_draws(num_draws, scheme, len(proposal.density))
-    rows = [
-        _one_row(proposal, latent_shape, num_draws, scheme, seed, (purpose, *name))
-        for name in ([()] if ids is None else [(int(i),) for i in ids])
-    ]
+    sizes = band_sizes(proposal, num_draws, num_bands, scheme)
+    names = [None] if ids is None else [int(id_) for id_ in ids]
+    rows = [_one_row(proposal, latent_shape, sizes, scheme, seed, purpose, id_) for id_ in names]
     timesteps, noise = (torch.stack(parts) for parts in zip(*rows, strict=True))
-    weights = (
-        torch.ones(timesteps.shape, dtype=torch.float64) if scheme == "grid" else proposal.importance_weights(timesteps)
-    )
-    return Draws(timesteps, noise, weights)
+    if scheme == "grid":
+        return Draws(timesteps, noise, torch.ones(timesteps.shape, dtype=torch.float64), sizes)
+    weights = proposal.importance_weights(timesteps)
+    if scheme != "iid":  # strata: the mass of a draw's band under q, over the share of the draws that the band has
+        shares = proposal.band_edges(num_bands).diff() * num_draws / torch.tensor(sizes)
+        weights = weights * shares.repeat_interleave(torch.tensor(sizes))
+    return Draws(timesteps, noise, weights, sizes)
 
 
-def _check_num_draws(num_draws: int, scheme: str, num_timesteps: int) -> None:
+def band_sizes(proposal: Proposal, num_draws: int, num_bands: int, scheme: Scheme) -> tuple[int, ...]:
+    """Return how many of K draws each band gets: in proportion to its mass under q, in units, one at least.
+
+    With q ∝ p * standard deviation this is Neyman's allocation. A unit is a draw or, for schemes with antithetic pairs,
+    a pair; where bands have an even number of units on average it is two of them, so that a band has two halves.
+
+    Raises:
+        ArgumentError: for a scheme that is not known, or if `num_draws` does not fit it or the bands.
+    """
     if scheme not in get_args(Scheme):
         raise ArgumentError(f"`scheme` must be one of {', '.join(get_args(Scheme))}, got {scheme!r}.")
     if num_draws < 1:
         raise ArgumentError(f"`num_draws` must be at least 1, got {num_draws}; 8 is the default.")
-    if scheme == "antithetic" and num_draws % 2:
-        raise ArgumentError(f"`num_draws` must be even for `scheme` antithetic, got {num_draws}; use {num_draws + 1}.")
-    if scheme == "grid" and num_draws > num_timesteps:
+    if num_draws % pair_size(scheme):
+        raise ArgumentError(f"`num_draws` must be even for `scheme` {scheme}, got {num_draws}; use {num_draws + 1}.")
+    if scheme == "grid" and num_draws > len(proposal.density):
         raise ArgumentError(
-            f"`num_draws` must be at most the number of timesteps (={num_timesteps}) for `scheme` grid, "
+            f"`num_draws` must be at most the number of timesteps (={len(proposal.density)}) for `scheme` grid, "
             f"got {num_draws}; use fewer."
         )
+    if num_draws % (num_bands * pair_size(scheme)):
+        raise ArgumentError(
+            f"`num_bands` must divide the number of draws (pairs, for `scheme` {scheme}), "
+            f"got {num_bands} for {num_draws} draws; use 1."
+        )
+    unit = pair_size(scheme) * num_halves(num_draws, num_bands, scheme)
+    if num_bands == 1 or scheme in ("grid", "iid"):
+        return (num_draws // num_bands,) * num_bands
+    spare = num_draws // unit - num_bands
+    wanted = proposal.band_edges(num_bands).diff() * num_draws / unit - 1
+    wanted = wanted.clamp(min=0) * (spare / max(float(wanted.clamp(min=0).sum()), 1e-12))
+    units = wanted.floor().long()
+    largest = (wanted - units).argsort(descending=True, stable=True)[: spare - int(units.sum())]
+    units[largest] += 1
+    return tuple(((units + 1) * unit).tolist())
+
+
+def pair_size(scheme: Scheme) -> int:
+    """Return how many draws belong together: 2 where noise comes in antithetic pairs."""
+    return 2 if scheme in ("antithetic", "orthogonal") else 1
+
+
+def num_halves(num_draws: int, num_bands: int, scheme: Scheme) -> int:
+    """Return 2 where every band has an even number of draws (pairs), which give a standard error, else 1."""
+    return 2 if num_draws // num_bands // pair_size(scheme) % 2 == 0 else 1
 
 
 def _one_row(
     proposal: Proposal,
     latent_shape: Sequence[int],
-    num_draws: int,
+    sizes: tuple[int, ...],
     scheme: Scheme,
     seed: int,
-    name: tuple[str | int, ...],
+    purpose: str,
+    id_: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return K timesteps in increasing order and their noises."""
-    uniforms = torch.from_numpy(stream(seed, *name, "timesteps").random(num_draws))
+    """Return K timesteps, band after band in increasing order, and their noises."""
+    num_draws, pair = sum(sizes), pair_size(scheme)
+    name = (purpose,) if id_ is None else (purpose, id_)
     noise = torch.from_numpy(
-        np.stack([stream(seed, *name, "noise", k).standard_normal(latent_shape, np.float32) for k in range(num_draws)])
+        np.stack(
+            [
+                stream(seed, *name, "noise", k).standard_normal(latent_shape, np.float32)
+                for k in range(num_draws // pair)
+            ]
+        )
     )
+    if scheme == "orthogonal":
+        noise = orthogonalise(noise)
+    if pair == 2:
+        noise = torch.stack([noise, -noise], dim=1).flatten(0, 1)
     if scheme == "grid":
         return torch.arange(num_draws) * len(proposal.density) // num_draws, noise
-    if scheme == "antithetic":
-        half = num_draws // 2
-        timesteps = proposal.inverse_cdf(_strata(uniforms[:half])).repeat_interleave(2)
-        return timesteps, torch.stack([noise[:half], -noise[:half]], dim=1).flatten(0, 1)
-    if scheme == "stratified":
-        return proposal.inverse_cdf(_strata(uniforms)), noise
-    return proposal.inverse_cdf(uniforms.sort().values), noise
+    if scheme == "iid":
+        uniforms = torch.from_numpy(stream(seed, *name, "timesteps").random(num_draws))
+        return proposal.inverse_cdf(uniforms.sort().values), noise
+    together = id_ is not None and num_draws == pair
+    uniforms = torch.from_numpy(stream(seed, *name[: 1 if together else 2], "timesteps").random(num_draws // pair))
+    if id_ is not None and together:
+        uniforms = (uniforms + (id_ * _GOLDEN % 2**64) / 2**64) % 1.0
+    points = _strata(uniforms, proposal.band_edges(len(sizes)), torch.tensor(sizes) // pair)
+    return proposal.inverse_cdf(points).repeat_interleave(pair), noise
 
 
-def _strata(uniforms: Float[Tensor, " strata"]) -> Float[Tensor, " strata"]:
-    """Return u_k = (k + U_k)/K: one point in each of K equal strata of [0, 1)."""
-    return (torch.arange(len(uniforms)) + uniforms) / len(uniforms)
+def orthogonalise(noise: Float[Tensor, "draws *dims"]) -> Float[Tensor, "draws *dims"]:  # noqa: UP037
+    """Return the noises turned at right angles to one another, as many at a time as there are dimensions.
+
+    Each keeps its length, and an orthonormal basis made from Gaussian vectors (QR, with a positive diagonal) is
+    uniformly distributed, so that each is still N(0, I). Exact for the part of f that is quadratic in a whole basis.
+    """
+    flat, blocks = noise.flatten(1).double(), []
+    for start in range(0, len(flat), flat.shape[1]):
+        block = flat[start : start + flat.shape[1]]
+        basis, upper = torch.linalg.qr(block.T)
+        blocks.append((basis * upper.diagonal().sign()).T * block.norm(dim=1, keepdim=True))
+    return torch.cat(blocks).to(noise).view_as(noise)
+
+
+def _strata(
+    uniforms: Float[Tensor, " strata"], edges: Float[Tensor, " edges"], sizes: Int[Tensor, " bands"]
+) -> Float[Tensor, " strata"]:
+    """Return u_k = (k + U_k)/n, one point in each of n equal strata, scaled into each band in turn."""
+    low, width, n = (per_band.repeat_interleave(sizes) for per_band in (edges[:-1], edges.diff(), sizes))
+    k = torch.cat([torch.arange(size) for size in sizes.tolist()])
+    return low + width * (k + uniforms) / n

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from carv_attrib.errors import StoreCorruptError, StoreError, StoreMismatchError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -330,7 +330,7 @@ class FeatureStore:
         config, proj_dim = self.manifest["config"], self.manifest["proj_dim"]
         no_ids = torch.empty(0, dtype=torch.int64)
         features = torch.empty(0, config["num_bands"], self.manifest["num_replicates"], proj_dim)
-        return PartFeatures(no_ids, features, no_ids, torch.empty(0, config["num_draws"], proj_dim))
+        return PartFeatures(no_ids, features, no_ids, torch.empty(0, self.manifest["draws_per_example"], proj_dim))
 
     @contextmanager
     def _open_part(self, part: int) -> Iterator[Any]:
@@ -342,8 +342,10 @@ class FeatureStore:
             with safe_open(path, framework="pt") as file:
                 if file.get_slice("features").get_shape()[1:] != shape:
                     raise StoreCorruptError(f"{path} does not hold features of shape (examples, {str(shape)[1:-1]}).")
-                if file.get_slice("kernel_draws").get_shape()[1:] != [config["num_draws"], proj_dim]:
-                    raise StoreCorruptError(f"{path} does not hold {config['num_draws']} draws of {proj_dim} numbers.")
+                if file.get_slice("kernel_draws").get_shape()[1:] != [self.manifest["draws_per_example"], proj_dim]:
+                    raise StoreCorruptError(
+                        f"{path} does not hold {self.manifest['draws_per_example']} draws of {proj_dim} numbers."
+                    )
                 yield file
         except (OSError, SafetensorError) as err:
             raise StoreCorruptError(f"{path} is damaged: {err}; delete it and featurize again.") from err

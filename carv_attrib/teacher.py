@@ -43,8 +43,14 @@ class Teacher(Protocol):
     num_classes: int
     denoiser: nn.Module
 
-    def encode(self, pixels: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch c h w"]:
-        """Return clean latents of pixels in [-1, 1]: the posterior mode, scaled as in training."""
+    def encode(
+        self, pixels: Float[Tensor, "batch channels height width"], noise: Float[Tensor, "batch c h w"] | None = None
+    ) -> Float[Tensor, "batch c h w"]:
+        """Return clean latents of pixels in [-1, 1], scaled as in training.
+
+        They are the posterior mode or, with N(0, 1) `noise`, the sample `mean + std * noise` of the posterior; for a
+        teacher in pixel space, where there is none, the pixels.
+        """
         ...
 
     def condition(self, labels: Sequence[int] | None, prompts: Sequence[str] | None) -> Condition:

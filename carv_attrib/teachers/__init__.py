@@ -21,12 +21,16 @@ from carv_attrib.config import TeacherDtype, check_choice
 from carv_attrib.errors import ArgumentError, TeacherError
 from carv_attrib.teacher import Teacher
 
+PACKAGED = {"demo": "teacher", "demo-pixels": "pixel_teacher"}
+"""Teachers that come with the package, and their folders in `carv_attrib/demo`."""
+
 
 def load_teacher(source: str | Path, *, device: str = "auto", dtype: TeacherDtype = "float32") -> Teacher:
     """Return the frozen teacher saved at a local folder or hub id, from safetensors only.
 
     Args:
-        source: folder of a diffusers pipeline (with `model_index.json`), a hub id, or `demo`, the packaged teacher.
+        source: folder of a diffusers pipeline (with `model_index.json`), a hub id, or a packaged teacher: `demo`, or
+            `demo-pixels` in pixel space.
         device: auto (CUDA where there is one, else the CPU), or a torch device.
         dtype: of weights and activations.
 
@@ -90,8 +94,8 @@ def _families() -> list[ModuleType]:
 
 def _local_folder(source: str) -> Path:
     """Return the folder that holds the pipeline; a hub id is downloaded, or found in the cache, without pickles."""
-    if source == "demo":
-        return Path(__file__).parent.parent / "demo" / "teacher"
+    if source in PACKAGED:
+        return Path(__file__).parent.parent / "demo" / PACKAGED[source]
     if Path(source).is_dir():
         return Path(source)
     if Path(source).exists() or source.count("/") > 1 or source.startswith((".", "/", "~")):

@@ -36,16 +36,19 @@ class DiffusersTeacher:
     autoencoder: Any = None
     text_encoder: TextEncoder | None = None
 
-    def encode(self, pixels: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch c h w"]:
-        """Return the scaled posterior mode; for a teacher in pixel space, the pixels themselves."""
+    def encode(
+        self, pixels: Float[Tensor, "batch channels height width"], noise: Float[Tensor, "batch c h w"] | None = None
+    ) -> Float[Tensor, "batch c h w"]:
+        """Return the scaled posterior mode or, with noise, a sample; for a teacher in pixel space, the pixels."""
         first = next(self.denoiser.parameters())
         pixels = pixels.to(first.device, first.dtype)
         if self.autoencoder is None:
             return pixels
         config = self.autoencoder.config
         with torch.no_grad():
-            mode: Tensor = self.autoencoder.encode(pixels).latent_dist.mode()
-        latents: Tensor = (mode - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+            posterior = self.autoencoder.encode(pixels).latent_dist
+        encoded = posterior.mode() if noise is None else posterior.mean + posterior.std * noise.to(pixels)
+        latents: Tensor = (encoded - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
         return latents
 
     def condition(self, labels: Sequence[int] | None, prompts: Sequence[str] | None) -> Condition:
