@@ -241,7 +241,7 @@ def _one_row(
     return proposal.inverse_cdf(points).repeat_interleave(pair), noise
 
 
-def orthogonalise(noise: Float[Tensor, "draws *dims"]) -> Float[Tensor, "draws *dims"]:  # noqa: UP037
+def orthogonalise(noise: Float[Tensor, "draws ..."]) -> Float[Tensor, "draws ..."]:
     """Return the noises turned at right angles to one another, as many at a time as there are dimensions.
 
     Each keeps its length, and an orthonormal basis made from Gaussian vectors (QR, with a positive diagonal) is

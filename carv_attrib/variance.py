@@ -74,10 +74,10 @@ class Costs:
         draw: of one (timestep, noise) draw.
     """
 
-    upstream: float
-    draw: float
+    upstream: int | float
+    draw: int | float
 
-    def of(self, num_upstream: float, num_draws: float) -> float:
+    def of(self, num_upstream: int | float, num_draws: int | float) -> float:
         """Return `R (c_up + K c_draw)`."""
         return num_upstream * (self.upstream + num_draws * self.draw)
 
@@ -94,7 +94,7 @@ class VarianceComponents:
     upstream: float
     draw: float
 
-    def variance(self, num_upstream: float, num_draws: float) -> float:
+    def variance(self, num_upstream: int | float, num_draws: int | float) -> float:
         """Return `V_up / R + V_draw / (R K)`."""
         return (self.upstream + self.draw / num_draws) / num_upstream
 
@@ -138,7 +138,9 @@ def relative_efficiency(
     return Measured(float(pairs[0].mean() / pairs[1].mean()), float(np.std(ratios, ddof=1)))
 
 
-def effective_compute_multiplier(efficiency: Measured, baseline_cost: float, method_cost: float) -> Measured:
+def effective_compute_multiplier(
+    efficiency: Measured, baseline_cost: int | float, method_cost: int | float
+) -> Measured:
     """Return ECM = RE times the ratio of costs: how many times dearer the baseline is at equal variance.
 
     The variance of the baseline falls as its cost rises, since it can be repeated independently.
