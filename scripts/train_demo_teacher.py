@@ -28,11 +28,11 @@ PIXELS = PixelSpec(height=32, width=32, channels=1)
 LATENT_CHANNELS, LATENT_SIZE, NUM_CLASSES = 4, 8, 10
 
 
-def digits() -> tuple[Tensor, Tensor]:
+def digits(spec: PixelSpec = PIXELS) -> tuple[Tensor, Tensor]:
     """Return all digits as pixels in [-1, 1] of shape (1797, 1, 32, 32) and their labels."""
     dataset = open_dataset("digits")
     examples = [dataset.load(row) for row in range(len(dataset))]
-    return torch.stack([to_pixels(x.image, PIXELS) for x in examples]), torch.tensor([x.label for x in examples])
+    return torch.stack([to_pixels(x.image, spec) for x in examples]), torch.tensor([x.label for x in examples])
 
 
 def new_vae() -> AutoencoderKL:
@@ -109,26 +109,27 @@ def train_vae(images: Tensor, num_steps: int, generator: torch.Generator) -> Aut
     return vae
 
 
-def denoising_loss(model, latents: Tensor, labels: Tensor, alphas_cumprod: Tensor, generator: torch.Generator):
+def denoising_loss(model, latents: Tensor, condition: tuple, alphas_cumprod: Tensor, generator: torch.Generator):
     """Return the mean squared error of the predicted noise at uniform timesteps."""
     timesteps = torch.randint(0, len(alphas_cumprod), (len(latents),), generator=generator)
     noise = torch.randn(latents.shape, generator=generator)
     signal = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
-    return F.mse_loss(model(noisy, timestep=timesteps, class_labels=labels).sample, noise)
+    return F.mse_loss(model(noisy, timesteps, *condition).sample, noise)
 
 
-def train_denoiser(
-    latents: Tensor, labels: Tensor, num_steps: int, generator: torch.Generator
-) -> DiTTransformer2DModel:
-    """Fit the DiT with AdamW and return its exponential moving average (decay 0.999)."""
-    model, alphas_cumprod = new_denoiser().train(), new_scheduler().alphas_cumprod
+def train_denoiser(model, latents: Tensor, condition: tuple, num_steps: int, generator: torch.Generator):
+    """Fit a denoiser with AdamW and return its exponential moving average (decay 0.999).
+
+    `condition` holds further arguments of the model, one row for each example: labels, or nothing.
+    """
+    model, alphas_cumprod = model.train(), new_scheduler().alphas_cumprod
     average = copy.deepcopy(model).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, betas=(0.9, 0.99))
     running = 0.0
     for step, batch in enumerate(minibatches(len(latents), 128, num_steps, generator)):
         optimizer.param_groups[0]["lr"] = learning_rate(step, num_steps, 1e-3)
-        loss = denoising_loss(model, latents[batch], labels[batch], alphas_cumprod, generator)
+        loss = denoising_loss(model, latents[batch], tuple(c[batch] for c in condition), alphas_cumprod, generator)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -138,7 +139,7 @@ def train_denoiser(
             )
         running += loss.item()
         if (step + 1) % 500 == 0:
-            click.echo(f"dit step {step + 1}/{num_steps}  loss {running / 500:.4f}")
+            click.echo(f"denoiser step {step + 1}/{num_steps}  loss {running / 500:.4f}")
             running = 0.0
     return average
 
@@ -185,7 +186,7 @@ def main(output: Path, vae_steps: int, denoiser_steps: int, seed: int, picture: 
     with torch.no_grad():
         latents = torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in images.split(256)])
     latents = latents * vae.config.scaling_factor
-    denoiser = train_denoiser(latents, labels, denoiser_steps, generator)
+    denoiser = train_denoiser(new_denoiser(), latents, (labels,), denoiser_steps, generator)
     pipeline = DiTPipeline(
         transformer=denoiser, vae=vae, scheduler=new_scheduler(), id2label={i: str(i) for i in range(NUM_CLASSES)}
     )
