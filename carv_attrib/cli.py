@@ -86,6 +86,14 @@ def score_options(score: str, kernel: str, damping: str) -> Callable[[Command], 
     return add
 
 
+def aim_options(command: Command) -> Command:
+    """Add the flags that say what a plan is to make the most of."""
+    command = click.option("--target-snr", type=float, help="Score SNR to reach in the least time; for a plan.")(
+        command
+    )
+    return click.option("--budget", help="Time to spend: 90s, 30m, 2h, 1h30m; for a plan.")(command)
+
+
 AS_INDEXED = score_options(*["as the index was built"] * 3)
 
 
@@ -100,19 +108,47 @@ def main() -> None:
 @click.option("--dataset", help="Folder, .parquet file, hub id, or `digits`.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the index.")
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file with the same keys as the flags.")
+@click.option("--plan", type=click.Choice(["auto"]), help="First run a pilot, and use the settings it recommends.")
+@aim_options
 @setting_options
 def featurize(config: Path | None, **flags: Any) -> None:
     """Compute the features of every example of DATASET, and index them. Run it again to go on after a stop."""
     from carv_attrib.pipeline import featurize as run
 
-    settings = read_config_file(config) if config else {}
-    settings |= {name: value for name, value in flags.items() if value not in (None, ())}
-    if missing := [name for name in ("teacher", "dataset", "output") if name not in settings]:
-        raise click.UsageError(f"missing --{missing[0]}; give it as a flag or in --config.")
+    settings = _settings(config, flags, ("teacher", "dataset", "output"))
     _quiet_libraries()
     store = run(settings.pop("teacher"), settings.pop("dataset"), settings.pop("output"), **settings)
     skipped = store.num_skipped()
     click.echo(f"{len(store.ids)} examples in {store.path}" + (f", {skipped} skipped" if skipped else ""))
+
+
+@main.command()
+@click.option("--teacher", help="Folder of a diffusers pipeline, a hub id, or `demo`.")
+@click.option("--dataset", help="Folder, .parquet file, hub id, or `digits`.")
+@click.option("--config", type=click.Path(path_type=Path), help="YAML file with the same keys as the flags.")
+@aim_options
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the profile, and error against time, to a file.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@setting_options
+def plan(config: Path | None, plot: Path | None, as_json: bool, **flags: Any) -> None:
+    """Run a pilot on a few dozen examples of DATASET: what to run featurize with, and what to expect of it."""
+    from carv_attrib.planning import plan as make
+    from carv_attrib.planning.report import plan_report, save_plot
+
+    settings = _settings(config, flags, ("teacher", "dataset"))
+    settings = {name: value for name, value in settings.items() if name not in ("output", "plan")}
+    _quiet_libraries()
+    result = make(settings.pop("teacher"), settings.pop("dataset"), **settings)
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), indent=1))
+    else:
+        from rich.console import Console
+
+        Console().print(plan_report(result))
+        click.echo(result.command())
+    if plot:
+        save_plot(result, plot)
+        click.echo(f"plot: {plot}", err=True)
 
 
 @main.command()
@@ -208,6 +244,15 @@ def demo(output: Path) -> None:
     for result in results:
         _print_result(result)
     click.echo(f"report: {report}")
+
+
+def _settings(config: Path | None, flags: dict[str, Any], needed: tuple[str, ...]) -> dict[str, Any]:
+    """Return the settings of a config file with flags in their place."""
+    settings = read_config_file(config) if config else {}
+    settings |= {name: value for name, value in flags.items() if value not in (None, ())}
+    if missing := [name for name in needed if name not in settings]:
+        raise click.UsageError(f"missing --{missing[0]}; give it as a flag or in --config.")
+    return settings
 
 
 def _print_result(result: Any) -> None:

@@ -24,6 +24,7 @@ from carv_attrib.estimator import Estimator, average_bands, check_finite, kernel
 from carv_attrib.index import FeatureIndex, read_index_settings
 from carv_attrib.kernel import DEFAULT_DAMPING, KernelKind, ScoreKind, fit_kernel
 from carv_attrib.manifest import open_or_create
+from carv_attrib.planning import PlanKind, check_plan, follow_plan, starting_config
 from carv_attrib.progress import progress
 from carv_attrib.store import FeatureStore, PartFeatures, Record, concatenate
 from carv_attrib.teacher import Teacher, loaded_placement
@@ -34,7 +35,14 @@ if TYPE_CHECKING:
 
 
 def featurize(
-    teacher: Teacher | str | Path, dataset: str | Path | datasets.Dataset, output: str | Path, **settings: Any
+    teacher: Teacher | str | Path,
+    dataset: str | Path | datasets.Dataset,
+    output: str | Path,
+    *,
+    plan: PlanKind | None = None,
+    budget: str | float | None = None,
+    target_snr: float | None = None,
+    **settings: Any,
 ) -> FeatureStore:
     """Compute the features of every example, and index them; goes on where an earlier run was stopped.
 
@@ -42,6 +50,9 @@ def featurize(
         teacher: a loaded teacher, a folder or a hub id.
         dataset: a folder, parquet file, hub id, `digits`, or a `datasets.Dataset`.
         output: folder of the index.
+        plan: auto: first run a pilot, and use what `planning.plan` recommends for the settings that are not given.
+        budget: for the plan: time to spend: 90s, 30m, 2h, 1h30m, or seconds.
+        target_snr: for the plan: score SNR to reach, in place of a budget.
         **settings: named as the flags are; `FeaturizeConfig` has all of them and their defaults.
 
     Raises:
@@ -53,12 +64,16 @@ def featurize(
     """
     if not isinstance(teacher, str | Path):
         settings = settings | loaded_placement(teacher, settings)
-    config = FeaturizeConfig.from_flat(settings)
+    check_plan(plan, budget, target_snr)
+    config = starting_config(settings) if plan else FeaturizeConfig.from_flat(settings)
     if isinstance(teacher, str | Path):
         teacher = load_teacher(teacher, device=config.execution.device, dtype=config.storage.dtype)
     examples = open_dataset(dataset, **asdict(config.data))
     check_columns(teacher, examples)
-    store, estimator = open_or_create(teacher, examples, output, config)
+    planned = follow_plan(teacher, examples, output, settings, budget, target_snr) if plan else None
+    if planned:
+        config = FeaturizeConfig.from_flat({**planned["settings"], **settings})
+    store, estimator = open_or_create(teacher, examples, output, config, planned)
     kernel_ids = choose_kernel_ids(examples, config.estimator)
     done = len(examples) - sum(len(store.part_rows(part)) for part in store.missing_parts())
     with store.writing():
@@ -86,10 +101,10 @@ def featurize_rows(
         batch = read_batch(examples, rows[start : start + step], estimator.teacher, skip_bad=execution.skip_bad)
         if len(batch.ids):
             encoded = encode_batch(estimator, batch)  # dear: once for each example
-            draws = estimator.draws(batch.ids)
+            draws = estimator.draws(batch.ids.tolist())
             features = estimator.features(encoded, draws)  # cheap, many: (batch, draws, proj_dim)
             check_finite(features, batch.keys)
-            bands = average_bands(features, estimator.config)  # (batch, bands, replicates, proj_dim)
+            bands = average_bands(features, draws, estimator.config)  # (batch, bands, replicates, proj_dim)
             keep = torch.isin(batch.ids, kernel_ids)
             vectors = kernel_vectors(features, draws)[keep]  # (kernel, draws, proj_dim)
             pieces.append(PartFeatures(batch.ids, bands, batch.ids[keep], vectors))

@@ -29,7 +29,7 @@ LATENT_CHANNELS, LATENT_SIZE, NUM_CLASSES = 4, 8, 10
 
 
 def digits(spec: PixelSpec = PIXELS) -> tuple[Tensor, Tensor]:
-    """Return all digits as pixels in [-1, 1] of shape (1797, 1, 32, 32) and their labels."""
+    """Return all digits as pixels in [-1, 1], (1797, channels, height, width), and their labels."""
     dataset = open_dataset("digits")
     examples = [dataset.load(row) for row in range(len(dataset))]
     return torch.stack([to_pixels(x.image, spec) for x in examples]), torch.tensor([x.label for x in examples])

@@ -1,8 +1,8 @@
 """Train the packaged pixel-space teacher: an unconditional diffusion model of the digits, saved as a `DDPMPipeline`.
 
 Command:  python scripts/train_pixel_teacher.py
-Hardware: 2 CPU cores, MINUTES
-Expect:   denoising loss LOSS, SIZE of safetensors
+Hardware: 43 minutes of one CPU core
+Expect:   denoising loss 0.064, 1.4 MB of safetensors
 
 The 1,797 digits of scikit-learn at their own 8 x 8 pixels; a small UNet is trained to predict the noise, without an
 autoencoder and without labels: what the latent teacher is not. Weights are stored in float16.
@@ -24,7 +24,7 @@ PIXELS = PixelSpec(height=8, width=8, channels=1)
 
 
 def new_denoiser() -> UNet2DModel:
-    """Return an untrained UNet of 0.5M parameters."""
+    """Return an untrained UNet of 0.7M parameters."""
     return UNet2DModel(
         sample_size=PIXELS.height,
         in_channels=1,

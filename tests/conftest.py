@@ -213,7 +213,7 @@ class TinyTeacher:
     condition_kind: ConditionKind = "none"
     num_classes: int = 0
 
-    def encode(self, pixels: Tensor) -> Tensor:
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return the pixels."""
         return pixels.to(next(self.denoiser.parameters()))
 

@@ -82,13 +82,15 @@ def features(
     objective: str = "loss",
     weighting: Tensor | None = None,
 ) -> Tensor:
-    """Return P^T of every term of eq. (2): one example, one draw, one backward pass at a time."""
+    """Return P^T of every term of eq. (2): one example, one encoding, one draw, one backward pass at a time."""
     rows = []
+    draws_per_encoding = draws.timesteps.shape[1] // latents.shape[1]
     with weights_that_require_grad(teacher.denoiser):
         for i in range(len(latents)):
             row = i if len(draws.timesteps) > 1 else 0
-            for timestep, noise, weight in zip(draws.timesteps[row], draws.noise[row], draws.weights[row], strict=True):
-                t, z, eps = int(timestep), latents[i], noise.to(latents)
+            columns = zip(draws.timesteps[row], draws.noise[row], draws.weights[row], strict=True)
+            for place, (timestep, noise, weight) in enumerate(columns):
+                t, z, eps = int(timestep), latents[i, place // draws_per_encoding], noise.to(latents)
                 omega = 1.0 if weighting is None else float(weighting[t])
                 output = teacher.predict(
                     noisy_latents(teacher.noise_schedule, z, eps, t)[None],
@@ -98,6 +100,16 @@ def features(
                 value = objective_value(objective, output, prediction_target(teacher.noise_schedule, z, eps, t))
                 rows.append(project(autograd_gradients(float(weight) * omega * value, layers)))
     return torch.stack(rows).view(len(latents), draws.timesteps.shape[1], -1)
+
+
+def band_means(values: Tensor, counts: Tensor, num_bands: int) -> Tensor:
+    """Return E_p[values | band] for bands of equal mass under p ∝ counts: every timestep is cut into equal crumbs."""
+    return values.repeat_interleave(counts * num_bands).view(num_bands, -1).mean(1)
+
+
+def band_masses(density: Tensor, counts: Tensor, num_bands: int) -> Tensor:
+    """Return the mass of each band under another density, from the same crumbs."""
+    return band_means(density / counts, counts, num_bands) * counts.sum() / num_bands
 
 
 def kronecker_block(projector: KroneckerProjector, layer: Layer, gradient: Tensor) -> Tensor:

@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 
 from carv_attrib import Attributor, featurize, load_teacher
+from carv_attrib.attributor import _query_id
 from carv_attrib.data import open_dataset
 from carv_attrib.errors import ArgumentError, DataError, StoreError, StoreMismatchError
+from carv_attrib.estimator import average_bands
 from carv_attrib.kernel import fit_kernel, similarity
 from carv_attrib.pipeline import build_index
 from carv_attrib.store import FeatureStore
@@ -91,6 +93,32 @@ def test_scores_do_not_depend_on_what_else_is_asked(
     images, labels = [list(column) for column in zip(*pictures[:5], strict=True)]
     together = attributor.scores(images, labels=labels)
     np.testing.assert_allclose(together[2:3], attributor.scores(images[2:3], labels=labels[2:3]), rtol=1e-12)
+
+
+def test_a_query_is_encoded_as_the_training_examples_were(
+    tmp_path: Path, dit_folder: Path, digits_folder: Path, pictures: list[tuple[Image.Image, int]]
+) -> None:
+    """Random encodings of a query are as many, and follow its content; the noise is that of the training examples."""
+    random = {"encoding": "sample", "num_encodings": 2, "feature_dtype": "float32"}
+    store = featurize(dit_folder, digits_folder, tmp_path / "index", **SETTINGS | random)
+    attributor = Attributor.open(tmp_path / "index", device="cpu")
+    images, labels = [list(column) for column in zip(*pictures[:3], strict=True)]
+    together = attributor.scores(images, labels=labels)
+    np.testing.assert_array_equal(together, attributor.scores(images, labels=labels))
+    np.testing.assert_allclose(together[1:2], attributor.scores(images[1:2], labels=labels[1:2]), rtol=1e-9)
+    result = attributor.query(images[0], label=labels[0], top_k=1)
+    assert result.cost["network_evaluations"] == 8
+    np.testing.assert_allclose(result.scores[0], together[0].max(), rtol=1e-9)
+
+    estimator = attributor.estimator
+    features, pixels = attributor._features(images[:1], labels[:1], None)
+    as_example_0 = estimator.encode(pixels, labels[:1], None, [0])
+    draws = estimator.draws([0])
+    stored = average_bands(estimator.features(as_example_0, draws), draws, estimator.config)
+    torch.testing.assert_close(stored, store.read_features([0]), rtol=1e-3, atol=1e-4 * float(stored.abs().max()))
+    as_query = estimator.encode(pixels, labels[:1], None, [_query_id(pixels[0])])
+    torch.testing.assert_close(features, average_bands(estimator.features(as_query, draws), draws, estimator.config))
+    assert not torch.allclose(features, stored)
 
 
 def test_columns_are_in_the_order_of_ids_whatever_the_order_of_the_data(

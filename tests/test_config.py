@@ -24,7 +24,15 @@ from carv_attrib.errors import ArgumentError
         ({"num_draws": True}, r"`num_draws` must be a whole number of at least 1, got True"),
         ({"num_draws": 10}, r"`num_bands` must divide `num_draws` \(=10\), got 4; use 2"),
         ({"num_draws": 4, "scheme": "antithetic"}, r"even number of draws in each band .* 4 bands of 1"),
-        ({"scheme": "sobol"}, r"`scheme` must be one of stratified, antithetic, iid, grid, got 'sobol'"),
+        ({"num_draws": 4, "scheme": "orthogonal"}, r"even number of draws in each band for `scheme` orthogonal, got 4"),
+        ({"scheme": "sobol"}, r"`scheme` must be one of stratified, antithetic, orthogonal, iid, grid, got 'sobol'"),
+        ({"num_encodings": 0}, r"`num_encodings` must be a whole number of at least 1, got 0"),
+        (
+            {"num_encodings": 2},
+            r"`num_encodings` must be 1 where all encodings are the same, got 2; use `encoding` sample or an `augment",
+        ),
+        ({"encoding": "mean"}, r"`encoding` must be one of mode, sample, got 'mean'"),
+        ({"augmentation": "rotate"}, r"`augmentation` must be one of none, flip, crop, got 'rotate'"),
         ({"proposal": "best"}, r"`proposal` must be one of uniform, weight, pilot, got 'best'"),
         ({"weighting": "x"}, r"`weighting` must be one of balanced, uniform, got 'x'"),
         ({"noise": "x"}, r"`noise` must be one of shared, independent, got 'x'"),
@@ -35,7 +43,7 @@ from carv_attrib.errors import ArgumentError
         ({"part_size": 0}, r"`part_size` must be a whole number of at least 1, got 0"),
         ({"feature_dtype": "int8"}, r"`feature_dtype` must be one of float16, float32, got 'int8'"),
         ({"micro_batch": 0}, r"`micro_batch` must be a whole number of at least 1, got 0"),
-        ({"num_draw": 4}, r"unknown setting 'num_draw'; known are batch_size, .*num_draws"),
+        ({"num_draw": 4}, r"unknown setting 'num_draw'; known are augmentation, batch_size, .*num_draws"),
     ],
 )
 @pytest.mark.usefixtures("as_users_run_it")
@@ -70,6 +78,7 @@ def test_identity_leaves_out_what_only_changes_speed_and_survives_json() -> None
         (1, 1, "iid", 1),
         (8, 4, "antithetic", 1),
         (8, 2, "antithetic", 2),
+        (8, 2, "orthogonal", 2),
     ],
 )
 def test_a_band_has_two_halves_where_its_draws_or_pairs_split_evenly(
@@ -77,6 +86,14 @@ def test_a_band_has_two_halves_where_its_draws_or_pairs_split_evenly(
 ) -> None:
     config = FeaturizeConfig.from_flat({"num_draws": num_draws, "num_bands": num_bands, "scheme": scheme})
     assert config.estimator.num_replicates == replicates
+
+
+@pytest.mark.parametrize("random", [{"encoding": "sample"}, {"augmentation": "flip"}, {"augmentation": "crop"}])
+def test_several_encodings_multiply_the_draws_where_they_are_random(random: dict[str, str]) -> None:
+    config = FeaturizeConfig.from_flat({"num_draws": 8, "num_encodings": 3} | random).estimator
+    assert config.random_encoding
+    assert config.draws_per_example == 24
+    assert not EstimatorConfig().random_encoding
 
 
 def test_a_config_file_has_the_keys_of_the_flags(tmp_path: Path) -> None:

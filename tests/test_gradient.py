@@ -29,7 +29,7 @@ KINDS_OF_DENOISER = ("ddpm_folder", "dit_sigma_folder", "sd_folder")
 
 @dataclass(frozen=True)
 class Case:
-    """A teacher with a batch of three examples, two importance-weighted draws of each, and its attributed layers."""
+    """A teacher with three examples in one encoding each, two importance-weighted draws, and the attributed layers."""
 
     teacher: Teacher
     latents: Tensor
@@ -84,7 +84,7 @@ def load_case(folder: Path, *, dtype: str = "float64", ids: list[int] | None = N
     proposal = importance_proposal(torch.linspace(3, 1, NUM_TIMESTEPS))
     draws = sample_draws(proposal, teacher.latent_shape, num_draws=2, ids=ids)
     weighting = torch.linspace(0.5, 2, NUM_TIMESTEPS, dtype=torch.float64)
-    return Case(teacher, teacher.encode(pixels), condition, draws, select_layers(teacher.denoiser), weighting)
+    return Case(teacher, teacher.encode(pixels)[:, None], condition, draws, select_layers(teacher.denoiser), weighting)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +147,16 @@ def test_independent_draws_belong_to_their_example(cases: Callable[[str], Case],
     case = cases(family)
     draws = sample_draws(uniform_proposal(NUM_TIMESTEPS), case.teacher.latent_shape, num_draws=2, ids=[5, 6, 7])
     case = replace(case, draws=draws)
+    projector = case.projector()
+    assert_same(case.features(projector), case.expected(projector))
+
+
+@pytest.mark.parametrize("ids", [None, [5, 6, 7]])
+def test_each_encoding_has_its_own_draws(cases: Callable[[str], Case], ids: list[int] | None) -> None:
+    case = cases("dit_folder")
+    draws = sample_draws(uniform_proposal(NUM_TIMESTEPS), case.teacher.latent_shape, num_draws=6, ids=ids)
+    other = torch.randn(case.latents.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    case = replace(case, latents=torch.cat([case.latents, other, 2 * other], dim=1), draws=draws)
     projector = case.projector()
     assert_same(case.features(projector), case.expected(projector))
 
@@ -337,7 +347,7 @@ class Shared(nn.Module):
 
 def tiny_case(teacher: TinyTeacher, *patterns: str) -> Case:
     """Return three examples of a tiny teacher."""
-    latents = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    latents = torch.randn(3, 1, 1, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     draws = sample_draws(uniform_proposal(10), teacher.latent_shape, num_draws=2)
     layers = select_layers(teacher.denoiser, patterns)
     return Case(teacher, latents, {}, draws, layers, torch.ones(10, dtype=torch.float64))
@@ -376,31 +386,35 @@ def test_layers_that_take_no_part_are_refused(make_teacher: Callable[..., TinyTe
         case.features(case.projector())
 
 
-@pytest.mark.parametrize("scheme", ["iid", "stratified", "antithetic"])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_the_mean_over_draws_is_the_closed_form(linear_teacher: TinyTeacher, scheme: str, weighted: bool) -> None:
-    num_examples = 2000
-    latents = torch.randn(1, 1, 2, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+@pytest.mark.parametrize("scheme", ["iid", "stratified", "antithetic", "orthogonal"])
+@pytest.mark.parametrize(("weighted", "num_bands"), [(False, 1), (True, 1), (True, 2)])
+def test_the_mean_over_encodings_and_draws_is_the_closed_form(
+    linear_teacher: TinyTeacher, scheme: Any, weighted: bool, num_bands: int
+) -> None:
+    num_examples = 400
+    latents = torch.randn(2, 1, 2, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     weighting = torch.linspace(3, 0.5, 10, dtype=torch.float64) if weighted else None
     proposal = importance_proposal(torch.linspace(0.1, 2, 10)) if weighted else uniform_proposal(10)
-    draws = sample_draws(proposal, (1, 2, 2), num_draws=2, scheme=scheme, ids=range(num_examples))  # type: ignore[arg-type]
+    settings: Any = {"num_draws": 12, "num_bands": num_bands, "scheme": scheme, "ids": range(num_examples)}
+    each = [sample_draws(proposal, (1, 2, 2), purpose=f"encoding {r}", **settings) for r in range(2)]
+    columns = {name: torch.cat([getattr(x, name) for x in each], 1) for name in ("timesteps", "noise", "weights")}
     layers = select_layers(linear_teacher.denoiser)
     projector = KroneckerProjector(layers, 100, 100, 0, "cpu", torch.float64)  # full rank: the gradient itself
     features = project_gradient(
         linear_teacher,
-        latents.expand(num_examples, -1, -1, -1),
+        latents.expand(num_examples, -1, -1, -1, -1),
         {},
-        draws,
+        replace(each[0], **columns),
         projector,
         layers=layers,
         micro_batch=500,
         weighting=weighting,
     ).mean(1)
     shares = torch.full((10,), 0.1, dtype=torch.float64) * (1 if weighting is None else weighting)
-    expected = reference.expected_linear_gradient(linear_teacher, latents[0], shares).flatten()
+    expected = sum(reference.expected_linear_gradient(linear_teacher, z, shares).flatten() / 2 for z in latents)
     standard_errors = features.std(0) / num_examples**0.5
     assert float(((features.mean(0) - expected) / standard_errors).abs().max()) < 4
-    assert float(standard_errors.norm()) < 0.1 * float(expected.norm())
+    assert float(standard_errors.norm()) < 0.05 * float(torch.as_tensor(expected).norm())
 
 
 class Shapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -477,7 +491,7 @@ def test_cpu_and_gpu_agree(dit_folder: Path) -> None:
         teacher = load_teacher(dit_folder, device=device)
         layers = select_layers(teacher.denoiser)
         projector = build_projector(ProjectionConfig(), layers, seed=0, device=device, dtype=torch.float32)
-        latents = torch.randn(3, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
+        latents = torch.randn(3, 1, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
         draws = sample_draws(uniform_proposal(NUM_TIMESTEPS), teacher.latent_shape, num_draws=4)
         condition = teacher.condition([0, 1, 2], None)
         features.append(

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from carv_attrib import featurize, load_teacher
-from carv_attrib.config import EstimatorConfig, FeaturizeConfig
+from carv_attrib.config import FeaturizeConfig
 from carv_attrib.data import open_dataset, to_pixels
 from carv_attrib.errors import (
     ArgumentError,
@@ -33,7 +33,6 @@ from carv_attrib.estimator import (
     Encoded,
     Estimator,
     GradientProfile,
-    average_bands,
     build_estimator,
     check_finite,
     kernel_vectors,
@@ -87,12 +86,20 @@ def test_features_differ_by_rounding_only_for_any_micro_batch(
         assert (ours[i] - expected).norm() / expected.norm() < 1e-5
 
 
-@pytest.mark.parametrize("noise", ["shared", "independent"])
+@pytest.mark.parametrize(
+    "draws",
+    [
+        {"noise": "shared"},
+        {"noise": "independent"},
+        {"noise": "independent", "num_draws": 1, "num_bands": 1},  # stratified across ids
+        {"encoding": "sample", "num_encodings": 2, "augmentation": "crop"},
+    ],
+)
 def test_features_are_the_same_bits_in_any_order_of_the_dataset(
-    tmp_path: Path, dit_folder: Path, digits_folder: Path, noise: str
+    tmp_path: Path, dit_folder: Path, digits_folder: Path, draws: dict[str, Any]
 ) -> None:
     dataset = with_ids(digits_folder)
-    settings = SETTINGS | {"noise": noise, "id_column": "number"}
+    settings = SETTINGS | draws | {"id_column": "number"}
     featurize(dit_folder, dataset, tmp_path / "a", **settings)
     featurize(dit_folder, dataset.shuffle(seed=1), tmp_path / "b", **settings)
     first, second = features_by_id(tmp_path / "a"), features_by_id(tmp_path / "b")
@@ -144,6 +151,55 @@ def test_a_missing_part_is_made_again_with_the_same_bytes(
     (index / "features" / "part-000001.safetensors").unlink()
     featurize(dit_folder, digits_folder, index, **SETTINGS)
     assert file_digests(index) == file_digests(tiny_index)
+
+
+RANDOM_ENCODINGS = SETTINGS | {"encoding": "sample", "num_encodings": 2, "augmentation": "crop", "proposal": "weight"}
+
+
+@pytest.fixture(scope="module")
+def random_index(tmp_path_factory: pytest.TempPathFactory, dit_folder: Path, digits_folder: Path) -> Path:
+    """Return a complete index of two random encodings of each digit; tests must not change it."""
+    path = tmp_path_factory.mktemp("random") / "index"
+    featurize(dit_folder, digits_folder, path, **RANDOM_ENCODINGS)
+    return path
+
+
+def test_random_encodings_change_no_shape_but_that_of_the_kernels_draws(random_index: Path, tiny_index: Path) -> None:
+    store, plain = FeatureStore.open(random_index), FeatureStore.open(tiny_index)
+    assert (store.manifest["draws_per_example"], plain.manifest["draws_per_example"]) == (8, 4)
+    assert store.manifest["format_version"] == 2
+    assert store.read_part(0).features.shape == plain.read_part(0).features.shape == (8, 2, 2, 48)
+    assert sum(len(store.read_part(part).kernel_ids) for part in store.parts) == 12
+    for part in store.parts:
+        assert store.read_part(part).kernel_draws.shape[1:] == (8, 48)
+        assert plain.read_part(part).kernel_draws.shape[1:] == (4, 48)
+    assert store.verify() == []
+    assert not torch.allclose(store.read_part(0).features, plain.read_part(0).features)
+
+
+def test_a_part_of_random_encodings_is_made_again_with_the_same_bytes_in_other_batches(
+    tmp_path: Path, dit_folder: Path, digits_folder: Path, random_index: Path
+) -> None:
+    index = tmp_path / "index"
+    shutil.copytree(random_index, index)
+    (index / "features" / "part-000001.safetensors").unlink()
+    featurize(dit_folder, digits_folder, index, **RANDOM_ENCODINGS, batch_size=3)
+    assert file_digests(index) == file_digests(random_index)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("num_encodings", 3, "config.num_encodings: stored 2, requested 3"),
+        ("encoding", "mode", "config.encoding: stored 'sample', requested 'mode'"),
+        ("augmentation", "flip", "config.augmentation: stored 'crop', requested 'flip'"),
+    ],
+)
+def test_other_encodings_are_another_index(
+    dit_folder: Path, digits_folder: Path, random_index: Path, name: str, value: object, message: str
+) -> None:
+    with pytest.raises(StoreMismatchError, match=message):
+        featurize(dit_folder, digits_folder, random_index, **RANDOM_ENCODINGS | {name: value})
 
 
 WORKER = """
@@ -287,20 +343,11 @@ def test_files_are_as_readable_as_their_folder(tiny_index: Path) -> None:
     assert modes == {oct((tiny_index / "features").stat().st_mode & 0o666)}
 
 
-def test_bands_and_halves_average_the_right_draws() -> None:
-    draws = torch.arange(8.0).view(1, 8, 1)
-    config = EstimatorConfig(num_draws=8, num_bands=2)
-    assert average_bands(draws, config).flatten(1).tolist() == [[1.0, 2.0, 5.0, 6.0]]  # (0, 2), (1, 3), (4, 6), (5, 7)
-    pairs = EstimatorConfig(num_draws=8, num_bands=2, scheme="antithetic")
-    assert average_bands(draws, pairs).flatten(1).tolist() == [[0.5, 2.5, 4.5, 6.5]]  # pairs stay together
-    assert average_bands(draws, EstimatorConfig(num_draws=8, num_bands=8)).shape == (1, 8, 1, 1)
-
-
 def encoded_digits(estimator: Estimator, digits_folder: Path, num: int) -> Encoded:
     digits = open_dataset(digits_folder)
     examples = [digits.load(row) for row in range(num)]
     pixels = torch.stack([to_pixels(x.image, estimator.teacher.pixel_spec) for x in examples])
-    return estimator.encode(pixels, [x.label for x in examples], None)
+    return estimator.encode(pixels, [x.label for x in examples], None, range(num))
 
 
 def test_encoding_does_not_depend_on_how_many_are_encoded_together(dit_folder: Path, digits_folder: Path) -> None:
@@ -377,7 +424,7 @@ def test_mean_feature_over_seeds_meets_the_mean_over_all_timesteps(dit_folder: P
 
     reference = features(8192, seed=99)
     truth, truth_error = reference.mean(0), reference.std(0) / 8192**0.5
-    estimators = [("iid", "uniform"), ("antithetic", "pilot")]
+    estimators = [("iid", "uniform"), ("antithetic", "pilot"), ("orthogonal", "weight")]
     estimators += [("stratified", proposal) for proposal in ("uniform", "weight", "pilot")]
     for scheme, proposal in estimators:
         means = torch.stack([features(8, seed, scheme=scheme, proposal=proposal).mean(0) for seed in range(50)])

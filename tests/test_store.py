@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ MANIFEST = {
     "dataset": {"num_examples": 10, "fingerprint": "d"},
     "teacher": {"fingerprint": "t"},
     "num_replicates": 2,
+    "draws_per_example": 4,
     "proj_dim": 6,
 }
 
@@ -206,10 +208,11 @@ def test_a_damaged_manifest_is_named(store: FeatureStore) -> None:
         FeatureStore.open(store.path)
 
 
-def test_a_newer_format_is_refused(store: FeatureStore) -> None:
+@pytest.mark.parametrize("version", [1, 9])
+def test_another_format_is_refused(store: FeatureStore, version: int) -> None:
     file = store.path / "manifest.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 9}))
-    with pytest.raises(StoreError, match="has format version 9, this program reads 1"):
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": version}))
+    with pytest.raises(StoreError, match=f"has format version {version}, this program reads 2; featurize again"):
         FeatureStore.open(store.path)
 
 
@@ -250,6 +253,17 @@ def test_features_of_another_shape_are_refused_when_read(store: FeatureStore) ->
     tensors = load_file(store.features_path(0))
     save_file(tensors | {"features": tensors["features"][..., :5].contiguous()}, store.features_path(0))
     with pytest.raises(StoreCorruptError, match=r"does not hold features of shape \(examples, 2, 2, 6\)"):
+        store.read_part(0)
+
+
+def test_the_kernel_keeps_the_draws_of_every_encoding(tmp_path: Path) -> None:
+    store = FeatureStore.create(tmp_path / "index", MANIFEST | {"draws_per_example": 8})
+    part = part_of([0, 1, 2, 3])
+    part = replace(part, kernel_draws=part.kernel_draws.repeat(1, 2, 1))
+    store.write_part(0, part, records_of([0, 1, 2, 3]))
+    assert store.read_part(0).kernel_draws.shape == (3, 8, 6)
+    store.write_part(0, part_of([0, 1, 2, 3]), records_of([0, 1, 2, 3]))
+    with pytest.raises(StoreCorruptError, match=r"does not hold 8 draws of 6 numbers"):
         store.read_part(0)
 
 

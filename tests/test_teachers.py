@@ -107,6 +107,7 @@ def test_every_dtype_runs_in_itself(request: pytest.FixtureRequest, family: str,
 def test_a_teacher_in_pixel_space_encodes_nothing(ddpm_folder: Path) -> None:
     teacher = load_teacher(ddpm_folder)
     assert torch.equal(teacher.encode(pixels_of(teacher)), pixels_of(teacher))
+    assert torch.equal(teacher.encode(pixels_of(teacher), torch.ones(2, *teacher.latent_shape)), pixels_of(teacher))
 
 
 @pytest.mark.parametrize("family", LATENT_FAMILIES)
@@ -121,6 +122,19 @@ def test_encode_is_the_pipelines_scaled_posterior_mode(request: pytest.FixtureRe
     torch.testing.assert_close(teacher.encode(pixels_of(teacher)), mode * 0.3)
 
 
+@pytest.mark.parametrize("family", LATENT_FAMILIES)
+def test_encode_with_noise_is_a_scaled_sample_of_the_posterior(request: pytest.FixtureRequest, family: str) -> None:
+    from diffusers import AutoencoderKL
+
+    folder = request.getfixturevalue(family)
+    teacher = load_teacher(folder)
+    vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
+    noise = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        posterior = vae.encode(pixels_of(teacher)).latent_dist
+    torch.testing.assert_close(teacher.encode(pixels_of(teacher), noise), (posterior.mean + posterior.std * noise) * 0.3)
+
+
 def test_encode_takes_the_shift_factor_off_first(copy: Callable[[str], Path]) -> None:
     folder = copy("dit_folder")
     plain = load_teacher(folder)
@@ -128,6 +142,8 @@ def test_encode_takes_the_shift_factor_off_first(copy: Callable[[str], Path]) ->
     shifted = load_teacher(folder)
     expected = plain.encode(pixels_of(plain)) - 0.5 * 0.3
     torch.testing.assert_close(shifted.encode(pixels_of(plain)), expected)
+    noise = torch.ones(2, *plain.latent_shape)
+    torch.testing.assert_close(shifted.encode(pixels_of(plain), noise), plain.encode(pixels_of(plain), noise) - 0.15)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
