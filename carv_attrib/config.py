@@ -114,8 +114,8 @@ class EstimatorConfig:
 
     @property
     def every_draw_a_band(self) -> bool:
-        """Whether products of gradients are taken draw by draw (B = K) and not between means over bands."""
-        return self.num_bands == self.num_draws
+        """Whether products of gradients are taken draw by draw (B = K, shared) and not between means over bands."""
+        return self.num_bands == self.num_draws and self.noise == "shared"
 
     @property
     def random_encoding(self) -> bool:

@@ -111,7 +111,10 @@ class Estimator:
         return torch.stack(encodings, dim=1)
 
     def draws(self, ids: Sequence[int]) -> Draws:
-        """Return the R K draws of the examples with these ids; one row for all when noise is shared."""
+        """Return the R K draws of the examples with these ids; one row for all when noise is shared.
+
+        Where products are taken draw by draw, all encodings have the same K draws, else each its own.
+        """
         config = self.config
         per_encoding = [
             sample_draws(
@@ -121,7 +124,7 @@ class Estimator:
                 num_bands=1 if config.every_draw_a_band else config.num_bands,
                 scheme=config.scheme,
                 seed=config.seed,
-                purpose=f"features of encoding {r}",
+                purpose="features" if r == 0 or config.every_draw_a_band else f"features of encoding {r}",
                 ids=ids if config.noise == "independent" else None,
             )
             for r in range(config.num_encodings)

@@ -77,10 +77,16 @@ def fit_kernel(store: FeatureStore, kind: KernelKind = "draws") -> Kernel:
     """Return the kernel of a store: one pass in O(d^2) memory, one eigendecomposition in float64.
 
     Raises:
-        ArgumentError: for an unknown kind.
+        ArgumentError: for an unknown kind, or means of an index that holds none.
         StoreError: if the store holds no features.
     """
     check_choice("kernel", kind, KernelKind)
+    config = store.manifest["config"]
+    if kind == "means" and config["num_bands"] == config["num_draws"] > 1 and config["proposal"] != "uniform":
+        raise ArgumentError(
+            "`kernel` means needs means over draws, but this index keeps every draw with the root of its weight; "
+            "use `kernel` draws, or featurize with fewer `num_bands`."
+        )
     gram: Tensor = torch.zeros(())
     num_vectors = 0
     for vectors in _draws(store) if kind == "draws" else _means(store):

@@ -95,7 +95,7 @@ class Draws:
     """
 
     timesteps: Int[Tensor, "batch draws"]
-    noise: Float[Tensor, "batch draws *latent"]
+    noise: Float[Tensor, "batch draws ..."]
     weights: Float[Tensor, "batch draws"]
     band_sizes: tuple[int, ...]
 

@@ -66,7 +66,7 @@ def unet_teacher() -> Teacher:
 
 def random_examples(teacher: Teacher, num_examples: int) -> Encoded:
     """Return latents of unit variance and a class for each: the time of a network does not depend on what it sees."""
-    latents = torch.randn(num_examples, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(num_examples, 1, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
     labels = [i % teacher.num_classes for i in range(num_examples)] if teacher.num_classes else None
     return Encoded(latents, teacher.condition(labels, None))
 
@@ -78,7 +78,7 @@ def plain_steps(estimator: Estimator, encoded: Encoded, *, train_weights: bool) 
     teacher.denoiser.requires_grad_(train_weights)
     for rows in torch.arange(len(encoded.latents) * num_draws).split(estimator.micro_batch):
         example, draw = rows // num_draws, rows % num_draws
-        latents, noise, timesteps = encoded.latents[example], draws.noise[0, draw], draws.timesteps[0, draw]
+        latents, noise, timesteps = encoded.latents[example, 0], draws.noise[0, draw], draws.timesteps[0, draw]
         noisy = teacher.noise_schedule.add_noise(latents, noise, timesteps).requires_grad_(not train_weights)
         output = teacher.predict(
             noisy, timesteps, {name: values[example] for name, values in encoded.condition.items()}

@@ -27,6 +27,7 @@ def store(tmp_path: Path, draws: Tensor) -> FeatureStore:
         "config": {"part_size": 16, "num_bands": BANDS, "num_draws": 2 * BANDS, "feature_dtype": "float32"},
         "dataset": {"num_examples": NUM},
         "num_replicates": 2,
+        "draws_per_example": 2 * BANDS,
         "proj_dim": DIM,
     }
     store = FeatureStore.create(tmp_path / "index", manifest)

@@ -372,7 +372,7 @@ def test_the_pilot_finds_the_profile_of_gradient_norms(dit_folder: Path, digits_
         squares = []
         for i in range(120):
             example, timestep = i % 20, torch.randint(low, high, (1,), generator=rng)
-            latents, noise = encoded.latents[[example]], torch.randn(1, 2, 4, 4, generator=rng).double()
+            latents, noise = encoded.latents[[example], 0], torch.randn(1, 2, 4, 4, generator=rng).double()
             condition = {"class_labels": encoded.condition["class_labels"][[example]]}
             output = teacher.predict(teacher.noise_schedule.add_noise(latents, noise, timestep), timestep, condition)
             gradients = torch.autograd.grad((output - noise).square().mean(), list(layer.parameters()))

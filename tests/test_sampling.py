@@ -433,11 +433,11 @@ def test_grid_is_d_traks(num_draws: int, num_timesteps: int) -> None:
         ({"num_draws": 1, "scheme": "orthogonal"}, r"`num_draws` must be even for `scheme` orthogonal, got 1; use 2\."),
         (
             {"num_draws": 6, "num_bands": 4},
-            r"`num_bands` must divide the number of draws \(pairs, for `scheme` stratified\), got 4 for 6 draws; use 1\.",
+            r"`num_bands` must divide the number of draws \(pairs, for `scheme` stratified\), got 4 for 6 draws; use",
         ),
         (
             {"num_draws": 6, "num_bands": 6, "scheme": "antithetic"},
-            r"`num_bands` must divide the number of draws \(pairs, for `scheme` antithetic\), got 6 for 6 draws; use 1\.",
+            r"`num_bands` must divide the number of draws \(pairs, for `scheme` antithetic\), got 6 for 6 draws; use",
         ),
         (
             {"num_draws": 51, "scheme": "grid"},

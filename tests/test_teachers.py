@@ -132,7 +132,9 @@ def test_encode_with_noise_is_a_scaled_sample_of_the_posterior(request: pytest.F
     noise = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         posterior = vae.encode(pixels_of(teacher)).latent_dist
-    torch.testing.assert_close(teacher.encode(pixels_of(teacher), noise), (posterior.mean + posterior.std * noise) * 0.3)
+    torch.testing.assert_close(
+        teacher.encode(pixels_of(teacher), noise), (posterior.mean + posterior.std * noise) * 0.3
+    )
 
 
 def test_encode_takes_the_shift_factor_off_first(copy: Callable[[str], Path]) -> None:
