@@ -82,7 +82,7 @@ def fit_kernel(store: FeatureStore, kind: KernelKind = "draws") -> Kernel:
     """
     check_choice("kernel", kind, KernelKind)
     config = store.manifest["config"]
-    if kind == "means" and config["num_bands"] == config["num_draws"] > 1 and config["proposal"] != "uniform":
+    if kind == "means" and config["num_bands"] == config["num_draws"] and config["proposal"] != "uniform":
         raise ArgumentError(
             "`kernel` means needs means over draws, but this index keeps every draw with the root of its weight; "
             "use `kernel` draws, or featurize with fewer `num_bands`."

@@ -103,6 +103,15 @@ def test_where_each_draw_is_a_band_products_are_means_under_p(proposal: str) -> 
     assert_mean((query * train).double().mean(1), float(1.5 * LEVEL.square().mean()))
 
 
+@pytest.mark.parametrize("proposal", PROPOSALS)
+def test_with_independent_noise_a_draw_a_band_is_a_mean_and_not_a_root(proposal: str) -> None:
+    config = EstimatorConfig(num_draws=4, num_bands=4, noise="independent")
+    draws = draws_of(PROPOSALS[proposal], config)
+    bands = average_bands(gradients(draws, 1.0), draws, config)[..., 0, 0].double()
+    for band, expected in zip(bands.T, reference.band_means(LEVEL, ONE_EACH, 4), strict=True):
+        assert_mean(band, float(expected))
+
+
 @pytest.mark.parametrize("scheme", ["iid", "stratified", "antithetic", "orthogonal"])
 @pytest.mark.parametrize("proposal", PROPOSALS)
 def test_the_kernel_is_a_mean_under_p_whatever_the_proposal_and_the_bands(scheme: Any, proposal: str) -> None:
@@ -176,7 +185,8 @@ def test_features_of_two_encodings_are_the_mean_of_those_of_each(dit_folder: Pat
     ids = [3, 8]
     encoded, draws = both.encode(pictures(2), [0, 1], None, ids), both.draws(ids)
     assert draws.timesteps.shape[1] == 8
-    assert not torch.equal(draws.noise[:, :4], draws.noise[:, 4:])  # draws of their own
+    alike = num_bands == 4 and noise == "shared"  # products are taken draw by draw, for all encodings at once
+    assert torch.equal(draws.noise[:, :4], draws.noise[:, 4:]) == alike
     features = average_bands(both.features(encoded, draws), draws, both.config)
     one = replace(both, config=replace(both.config, num_encodings=1))
     parts = []

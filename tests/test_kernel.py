@@ -225,3 +225,9 @@ def test_an_index_of_other_examples_is_refused(store: FeatureStore) -> None:
     store.features_path(2).unlink()
     with pytest.raises(StoreError, match="is of other features; run featurize again to the end"):
         read_index_settings(FeatureStore.open(store.path))
+
+
+def test_means_of_root_weighted_draws_are_refused(store: FeatureStore) -> None:
+    store.manifest["config"] |= {"num_bands": 2 * BANDS, "proposal": "pilot"}  # type: ignore[index]
+    with pytest.raises(ArgumentError, match="`kernel` means needs means over draws, but this index keeps every draw"):
+        fit_kernel(store, "means")
