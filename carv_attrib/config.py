@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from carv_attrib.errors import ArgumentError
 from carv_attrib.sampling import Scheme, num_halves, pair_size
 
-ProposalKind = Literal["uniform", "weight", "pilot"]
+ProposalKind = Literal["uniform", "weight", "pilot", "scores"]
 Weighting = Literal["balanced", "uniform"]
 NoiseSharing = Literal["shared", "independent"]
 Objective = Literal["loss", "squared-norm", "mean"]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from carv_attrib.augmentation import augment
 from carv_attrib.config import EstimatorConfig, FeaturizeConfig
 from carv_attrib.errors import NonFiniteGradientError, TeacherError
 from carv_attrib.gradient import full_calls, project_gradient, select_layers
+from carv_attrib.kernel import DEFAULT_DAMPING
 from carv_attrib.projection import Layer, Projector, build_projector
 from carv_attrib.sampling import Draws, Proposal, importance_proposal, pair_size, sample_draws, uniform_proposal
 from carv_attrib.seeding import stream
@@ -23,6 +24,7 @@ from carv_attrib.teacher import Condition, Teacher, build_condition, placement
 PILOT_EXAMPLES = 32
 PILOT_DRAWS = 16
 PILOT_BINS = 32
+SCORE_PILOT_DRAWS = 64
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,28 @@ class GradientProfile:
     Attributes:
         timesteps: increasing, means of bins of pilot draws.
         rms_norms: of the unweighted gradient.
+        rms_products: of weighted gradients of different examples, preconditioned, at the same draw; empty unless the
+            proposal is `scores`.
     """
 
     timesteps: tuple[float, ...]
     rms_norms: tuple[float, ...]
+    rms_products: tuple[float, ...] = ()
 
     def at_every_timestep(self, num_timesteps: int) -> Float[Tensor, " timesteps"]:
-        """Return the profile at each timestep, constant beyond its ends, in float64."""
-        log_norms = np.interp(np.arange(num_timesteps), self.timesteps, np.log(self.rms_norms))
-        return torch.from_numpy(np.exp(log_norms))
+        """Return the norms at each timestep, constant beyond the ends, in float64."""
+        return _log_linear(self.timesteps, self.rms_norms, range(num_timesteps))
+
+    def products_at_every_timestep(self, num_timesteps: int) -> Float[Tensor, " timesteps"]:
+        """Return the products at each timestep, constant beyond the ends, in float64."""
+        return _log_linear(self.timesteps, self.rms_products, range(num_timesteps))
+
+
+def _log_linear(
+    at: Sequence[float], values: Sequence[float], wanted: Sequence[int | float]
+) -> Float[Tensor, " wanted"]:
+    """Return values at `wanted`, log-linear between those at `at`."""
+    return torch.from_numpy(np.exp(np.interp(wanted, at, np.log(values))))
 
 
 @dataclass(frozen=True)
@@ -178,11 +193,13 @@ def build_estimator(
             proposal = importance_proposal(weighting)
         if config.estimator.proposal == "pilot":
             proposal = importance_proposal(weighting * rms_norms)
+        if config.estimator.proposal == "scores":
+            proposal = importance_proposal(profile.products_at_every_timestep(num_timesteps))
     return Estimator(teacher, config.estimator, layers, projector, proposal, weighting, micro_batch)
 
 
 def measure_profile(estimator: Estimator, encoded: Encoded, keys: Sequence[str]) -> GradientProfile:
-    """Return the gradient norms at many timesteps, averaged over examples (eq. (1), (3)).
+    """Return the gradient norms at many timesteps, averaged over examples, and what the proposal needs (eq. (1), (3)).
 
     A projection preserves squared norms in expectation, so projected norms estimate true ones.
 
@@ -217,12 +234,56 @@ def measure_profile(estimator: Estimator, encoded: Encoded, keys: Sequence[str])
     squares = features.double().cpu().square().sum(-1).flatten()
     if not squares.any():
         raise TeacherError("the teacher's gradient is zero for every pilot example; choose other `layers`.")
-    order = draws.timesteps.flatten().argsort(stable=True)
+    profile = GradientProfile(*binned_rms(draws.timesteps.flatten(), squares))
+    if estimator.config.proposal != "scores":
+        return profile
+    return replace(profile, rms_products=_measure_products(estimator, encoded, profile))
+
+
+def binned_rms(
+    timesteps: Int[Tensor, " n"], squares: Float[Tensor, " n"]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean timesteps and root mean squares of bins of as many values each."""
+    order = timesteps.argsort(stable=True)
     bins = order.tensor_split(min(PILOT_BINS, len(order)))
-    return GradientProfile(
-        timesteps=tuple(float(draws.timesteps.flatten()[chosen].double().mean()) for chosen in bins),
-        rms_norms=tuple(float(squares[chosen].mean().sqrt()) for chosen in bins),
+    return (
+        tuple(float(timesteps[chosen].double().mean()) for chosen in bins),
+        tuple(float(squares[chosen].mean().sqrt()) for chosen in bins),
     )
+
+
+def _measure_products(estimator: Estimator, encoded: Encoded, profile: GradientProfile) -> tuple[float, ...]:
+    """Return rms products of the pilot's weighted gradients at the timesteps of its profile."""
+    num_timesteps = estimator.teacher.noise_schedule.num_timesteps
+    draws = sample_draws(
+        uniform_proposal(num_timesteps),
+        estimator.teacher.latent_shape,
+        num_draws=SCORE_PILOT_DRAWS,
+        seed=estimator.config.seed,
+        purpose="score pilot",
+    )
+    unweighted = replace(estimator, weighting=torch.ones(num_timesteps, dtype=torch.float64))
+    vectors = unweighted.features(Encoded(encoded.latents[:, :1], encoded.condition), draws).double()
+    if estimator.config.weighting == "balanced":
+        vectors = vectors / profile.at_every_timestep(num_timesteps)[draws.timesteps[0], None]
+    at, products = binned_rms(draws.timesteps[0], mean_square_products(vectors))
+    return tuple(_log_linear(at, products, profile.timesteps).tolist())
+
+
+def mean_square_products(vectors: Float[Tensor, "examples draws dims"]) -> Float[Tensor, " draws"]:
+    """Return, at each draw, the mean over pairs of different examples of the square of `g_i^T (H + lambda I)^{-1} g_j`.
+
+    H is the mean outer product of the vectors. Where scores are products draw by draw, the square root of this
+    makes the proposal of least variance for them; where bands are, it allocates draws to the bands that vary most.
+    """
+    flat = vectors.flatten(0, 1)
+    eigenvalues, eigenvectors = torch.linalg.eigh(flat.T @ flat / len(flat))
+    damped = eigenvalues.clamp(min=0) + DEFAULT_DAMPING * eigenvalues.mean()
+    whitened = (vectors @ eigenvectors / damped.sqrt()).transpose(0, 1)
+    squares = (whitened @ whitened.transpose(1, 2)).square()
+    pairs = len(vectors) * (len(vectors) - 1)
+    total: Tensor = squares.sum((1, 2)) - squares.diagonal(dim1=1, dim2=2).sum(1)
+    return total / pairs
 
 
 def average_bands(

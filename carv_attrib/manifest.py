@@ -83,7 +83,7 @@ def restore_estimator(teacher: Teacher, manifest: Mapping[str, Any], micro_batch
             "their fingerprints differ. Use the first, or featurize again."
         )
     stored = manifest["pilot"]
-    profile = GradientProfile(tuple(stored["timesteps"]), tuple(stored["rms_norms"])) if stored else None
+    profile = GradientProfile(**{name: tuple(values) for name, values in stored.items()}) if stored else None
     config = FeaturizeConfig.from_flat(manifest["config"])
     estimator = build_estimator(teacher, config, micro_batch or manifest["micro_batch"], profile)
     if estimator.draws_fingerprint() != manifest["draws_sha256"]:
@@ -95,8 +95,8 @@ def restore_estimator(teacher: Teacher, manifest: Mapping[str, Any], micro_batch
 
 
 def needs_pilot(config: FeaturizeConfig) -> bool:
-    """Return whether the weighting or the proposal rests on measured gradient norms."""
-    return config.estimator.weighting == "balanced" or config.estimator.proposal == "pilot"
+    """Return whether the weighting or the proposal rests on measured gradients."""
+    return config.estimator.weighting == "balanced" or config.estimator.proposal in ("pilot", "scores")
 
 
 def run_pilot(teacher: Teacher, examples: ExampleDataset, config: FeaturizeConfig, micro_batch: int) -> GradientProfile:

@@ -39,7 +39,15 @@ from carv_attrib.config import EstimatorConfig, FeaturizeConfig
 from carv_attrib.control_variates import replace_common_part, smoother_factor
 from carv_attrib.data import open_dataset, to_pixels
 from carv_attrib.demo import generate
-from carv_attrib.estimator import Encoded, Estimator, average_bands, build_estimator, kernel_vectors, measure_profile
+from carv_attrib.estimator import (
+    Encoded,
+    Estimator,
+    average_bands,
+    build_estimator,
+    kernel_vectors,
+    mean_square_products,
+    measure_profile,
+)
 from carv_attrib.sampling import Draws, Proposal, importance_proposal, sample_draws, uniform_proposal
 from carv_attrib.seeding import stream, stream_key
 from carv_attrib.variance import Measured, RunningVariance, relative_efficiency
@@ -133,10 +141,7 @@ class Bench:
         pilot = self.rows(slice(NUM_EXAMPLES, NUM_EXAMPLES + 32))
         draws = sample_draws(uniform_proposal(NUM_TIMESTEPS), self.teacher.latent_shape, num_draws=64, purpose="score")
         vectors = self.of_kind(kind, self.gradients(pilot, draws), draws.expand(32)).double()
-        whitened = vectors @ whitener(vectors)
-        products = torch.einsum("ikd,jkd->kij", whitened, whitened)
-        products = products - torch.diag_embed(products.diagonal(dim1=1, dim2=2))
-        return smoothed(draws.timesteps.flatten(), products.square().mean((1, 2))).sqrt()
+        return smoothed(draws.timesteps.flatten(), mean_square_products(vectors)).sqrt()
 
 
 def smoothed(timesteps: Tensor, squares: Tensor, num_bins: int = 32) -> Tensor:

@@ -10,10 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from carv_attrib import load_teacher
+from carv_attrib import Attributor, featurize, load_teacher
 from carv_attrib.augmentation import augment
 from carv_attrib.config import EstimatorConfig, FeaturizeConfig
-from carv_attrib.estimator import Encoded, Estimator, GradientProfile, average_bands, build_estimator, kernel_vectors
+from carv_attrib.estimator import (
+    Encoded,
+    Estimator,
+    GradientProfile,
+    average_bands,
+    build_estimator,
+    kernel_vectors,
+    mean_square_products,
+)
 from carv_attrib.sampling import Draws, Proposal, importance_proposal, sample_draws, uniform_proposal
 from carv_attrib.seeding import stream
 from tests import reference
@@ -213,3 +221,32 @@ def test_a_teacher_in_pixel_space_can_flip_its_pictures(linear_teacher: TinyTeac
     turned = (latents == pixels.flip(-1)[:, None]).flatten(2).all(2)
     assert bool((turned | (latents == pixels[:, None]).flatten(2).all(2)).all())
     assert 15 < int((turned[:, 0] != turned[:, 1]).sum()) < 45  # each encoding by its own coin
+
+
+def test_mean_square_products_are_those_of_pairs_at_the_same_draw() -> None:
+    vectors = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    kernel = torch.einsum("ikd,ike->de", vectors, vectors) / 12
+    inverse = torch.linalg.inv(kernel + 0.1 * kernel.trace() / 6 * torch.eye(6))
+    for k in range(3):
+        products = [float(vectors[i, k] @ inverse @ vectors[j, k]) for i in range(4) for j in range(4) if i != j]
+        expected = sum(p**2 for p in products) / 12
+        assert float(mean_square_products(vectors)[k]) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "balanced"])
+def test_the_scores_proposal_is_measured_once_and_kept(
+    tmp_path: Path, dit_folder: Path, digits_folder: Path, weighting: str
+) -> None:
+    settings = SETTINGS | {"proposal": "scores", "weighting": weighting, "num_draws": 8, "num_bands": 2}
+    store = featurize(dit_folder, digits_folder, tmp_path / "index", **settings)
+    pilot = store.manifest["pilot"]
+    assert len(pilot["rms_products"]) == len(pilot["timesteps"])
+    estimator = Attributor.open(tmp_path / "index").estimator
+    products = GradientProfile(**pilot).products_at_every_timestep(estimator.teacher.noise_schedule.num_timesteps)
+    torch.testing.assert_close(estimator.proposal.density, importance_proposal(products).density)
+    assert not torch.allclose(estimator.proposal.density, uniform_proposal(len(products)).density)
+    other = tmp_path / "other"
+    featurize(dit_folder, digits_folder, other, **settings | {"proposal": "uniform"})
+    picture = next(digits_folder.glob("*/*.png"))
+    assert Attributor.open(other).query(picture, label=0).proponents != ()
+    assert Attributor.open(tmp_path / "index").query(picture, label=0).proponents != ()
