@@ -642,6 +642,8 @@ def draw_figure(cells: dict[str, Any], picture: Path) -> None:
                         draws, [1 / k / m["value"] for k, m in zip(draws, measured, strict=True)], "o-", label=label
                     )
             axis.set_title(f"{name}: {kind}")
+            axis.set_xticks(draws, labels=[str(k) for k in draws], minor=False)
+            axis.set_xticks([], minor=True)
             axis.set_xlabel("network evaluations an example")
             axis.legend(fontsize=7)
         row[0].set_ylabel("variance, over that of one iid draw")
