@@ -274,7 +274,9 @@ class Attributor:
     def _describe(self, score: ScoreKind, kernel: KernelKind, damping: float) -> dict[str, Any]:
         """Return the settings that a reader of a result needs."""
         config = FeaturizeConfig.from_flat(self.store.manifest["config"])
-        names = ("num_draws", "num_bands", "scheme", "proposal", "noise", "weighting", "objective")
+        names = ["num_draws", "num_bands", "scheme", "proposal", "noise", "weighting", "objective"]
+        if config.estimator.random_encoding:
+            names += ["num_encodings", "encoding", "augmentation"]
         used = {"damping": damping} if score.startswith("preconditioned") else {}
         return (
             {"score": score, "kernel": kernel}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from carv_attrib.augmentation import augment
 from carv_attrib.config import EstimatorConfig, FeaturizeConfig
-from carv_attrib.errors import NonFiniteGradientError, TeacherError
+from carv_attrib.errors import DataError, NonFiniteGradientError, TeacherError
 from carv_attrib.gradient import full_calls, project_gradient, select_layers
 from carv_attrib.kernel import DEFAULT_DAMPING
 from carv_attrib.projection import Layer, Projector, build_projector
@@ -211,6 +211,7 @@ def measure_profile(estimator: Estimator, encoded: Encoded, keys: Sequence[str])
     Raises:
         NonFiniteGradientError: for a gradient with NaN or infinity.
         TeacherError: if all gradients are zero.
+        DataError: if the proposal compares examples, and there is only one.
     """
     draws = sample_draws(
         uniform_proposal(estimator.teacher.noise_schedule.num_timesteps),
@@ -237,7 +238,9 @@ def measure_profile(estimator: Estimator, encoded: Encoded, keys: Sequence[str])
     profile = GradientProfile(*binned_rms(draws.timesteps.flatten(), squares))
     if estimator.config.proposal != "scores":
         return profile
-    return replace(profile, rms_products=_measure_products(estimator, encoded, profile))
+    if len(encoded.latents) < 2:
+        raise DataError("`proposal` scores compares examples, and only one could be read for its pilot; use pilot.")
+    return replace(profile, rms_products=_measure_products(estimator, encoded, profile, keys))
 
 
 def binned_rms(
@@ -252,7 +255,9 @@ def binned_rms(
     )
 
 
-def _measure_products(estimator: Estimator, encoded: Encoded, profile: GradientProfile) -> tuple[float, ...]:
+def _measure_products(
+    estimator: Estimator, encoded: Encoded, profile: GradientProfile, keys: Sequence[str]
+) -> tuple[float, ...]:
     """Return rms products of the pilot's weighted gradients at the timesteps of its profile."""
     num_timesteps = estimator.teacher.noise_schedule.num_timesteps
     draws = sample_draws(
@@ -262,8 +267,8 @@ def _measure_products(estimator: Estimator, encoded: Encoded, profile: GradientP
         seed=estimator.config.seed,
         purpose="score pilot",
     )
-    unweighted = replace(estimator, weighting=torch.ones(num_timesteps, dtype=torch.float64))
-    vectors = unweighted.features(Encoded(encoded.latents[:, :1], encoded.condition), draws).double()
+    vectors = estimator.features(Encoded(encoded.latents[:, :1], encoded.condition), draws).double()
+    check_finite(vectors, keys)
     if estimator.config.weighting == "balanced":
         vectors = vectors / profile.at_every_timestep(num_timesteps)[draws.timesteps[0], None]
     at, products = binned_rms(draws.timesteps[0], mean_square_products(vectors))

@@ -82,7 +82,8 @@ def fit_kernel(store: FeatureStore, kind: KernelKind = "draws") -> Kernel:
     """
     check_choice("kernel", kind, KernelKind)
     config = store.manifest["config"]
-    if kind == "means" and config["num_bands"] == config["num_draws"] and config["proposal"] != "uniform":
+    every_draw = config["num_bands"] == config["num_draws"] and config["noise"] == "shared"
+    if kind == "means" and every_draw and config["proposal"] != "uniform":
         raise ArgumentError(
             "`kernel` means needs means over draws, but this index keeps every draw with the root of its weight; "
             "use `kernel` draws, or featurize with fewer `num_bands`."

@@ -128,7 +128,8 @@ def sample_draws(
 
     With one stratum there is nothing to stratify within an example, so that examples are stratified together: the
     point of an id is one random number moved on by the id times the golden ratio. Neighbouring ids fill [0, 1) evenly,
-    whichever batch they are in.
+    whichever batch they are in. Queries, whose ids are negative, have a number of their own, so that they are
+    independent of examples.
 
     Args:
         proposal: q(t) and p(t).
@@ -170,6 +171,8 @@ def band_sizes(proposal: Proposal, num_draws: int, num_bands: int, scheme: Schem
         raise ArgumentError(f"`scheme` must be one of {', '.join(get_args(Scheme))}, got {scheme!r}.")
     if num_draws < 1:
         raise ArgumentError(f"`num_draws` must be at least 1, got {num_draws}; 8 is the default.")
+    if num_bands < 1:
+        raise ArgumentError(f"`num_bands` must be at least 1, got {num_bands}; 4 is the default.")
     if num_draws % pair_size(scheme):
         raise ArgumentError(f"`num_draws` must be even for `scheme` {scheme}, got {num_draws}; use {num_draws + 1}.")
     if scheme == "grid" and num_draws > len(proposal.density):
@@ -233,10 +236,12 @@ def _one_row(
     if scheme == "iid":
         uniforms = torch.from_numpy(stream(seed, *name, "timesteps").random(num_draws))
         return proposal.inverse_cdf(uniforms.sort().values), noise
-    together = id_ is not None and num_draws == pair
-    uniforms = torch.from_numpy(stream(seed, *name[: 1 if together else 2], "timesteps").random(num_draws // pair))
-    if id_ is not None and together:
+    if id_ is not None and num_draws == pair:
+        common = (purpose,) if id_ >= 0 else (purpose, "queries")
+        uniforms = torch.from_numpy(stream(seed, *common, "timesteps").random(1))
         uniforms = (uniforms + (id_ * _GOLDEN % 2**64) / 2**64) % 1.0
+    else:
+        uniforms = torch.from_numpy(stream(seed, *name, "timesteps").random(num_draws // pair))
     points = _strata(uniforms, proposal.band_edges(len(sizes)), torch.tensor(sizes) // pair)
     return proposal.inverse_cdf(points).repeat_interleave(pair), noise
 

@@ -132,7 +132,7 @@ def relative_efficiency(
     baseline: Float[Tensor, " examples"], method: Float[Tensor, " examples"], *, num_bootstrap: int = 1000
 ) -> Measured:
     """Return RE = mean variance of the baseline over that of the method, with a paired bootstrap over examples."""
-    pairs = torch.stack([baseline, method]).double().numpy()
+    pairs = torch.stack([baseline, method]).double().cpu().numpy()
     rows = stream(0, "bootstrap").integers(pairs.shape[1], size=(num_bootstrap, pairs.shape[1]))
     ratios = pairs[0][rows].mean(1) / pairs[1][rows].mean(1)
     return Measured(float(pairs[0].mean() / pairs[1].mean()), float(np.std(ratios, ddof=1)))

@@ -13,6 +13,7 @@ from torch import Tensor
 from carv_attrib import Attributor, featurize, load_teacher
 from carv_attrib.augmentation import augment
 from carv_attrib.config import EstimatorConfig, FeaturizeConfig
+from carv_attrib.errors import DataError
 from carv_attrib.estimator import (
     Encoded,
     Estimator,
@@ -250,3 +251,12 @@ def test_the_scores_proposal_is_measured_once_and_kept(
     picture = next(digits_folder.glob("*/*.png"))
     assert Attributor.open(other).query(picture, label=0).proponents != ()
     assert Attributor.open(tmp_path / "index").query(picture, label=0).proponents != ()
+
+
+def test_the_scores_proposal_needs_two_examples(tmp_path: Path, ddpm_folder: Path, digits_folder: Path) -> None:
+    one = tmp_path / "one" / "0"
+    one.mkdir(parents=True)
+    picture = next((digits_folder / "0").glob("*.png"))
+    (one / picture.name).write_bytes(picture.read_bytes())
+    with pytest.raises(DataError, match="`proposal` scores compares examples, and only one could be read for its"):
+        featurize(ddpm_folder, tmp_path / "one", tmp_path / "index", **SETTINGS | {"proposal": "scores"})

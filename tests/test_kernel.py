@@ -24,7 +24,13 @@ def draws() -> Tensor:
 @pytest.fixture
 def store(tmp_path: Path, draws: Tensor) -> FeatureStore:
     manifest = {
-        "config": {"part_size": 16, "num_bands": BANDS, "num_draws": 2 * BANDS, "feature_dtype": "float32"},
+        "config": {
+            "part_size": 16,
+            "num_bands": BANDS,
+            "num_draws": 2 * BANDS,
+            "noise": "shared",
+            "feature_dtype": "float32",
+        },
         "dataset": {"num_examples": NUM},
         "num_replicates": 2,
         "draws_per_example": 2 * BANDS,

@@ -462,3 +462,19 @@ def test_a_magnitude_must_be_finite_and_positive_somewhere(values: list[float]) 
 def test_the_defensive_share_must_be_a_share(share: float) -> None:
     with pytest.raises(ArgumentError, match=rf"`defensive_share` must be in \(0, 1\], got {share}; use 0.1\."):
         importance_proposal(LEVEL, share)
+
+
+def test_a_query_and_an_example_have_independent_points_where_examples_are_stratified_together() -> None:
+    """A product of two features is then an estimate of the product of their means."""
+    waves = []
+    for seed in range(SEEDS):
+        draws = sample_draws(uniform_proposal(NUM_TIMESTEPS), [1], num_draws=1, seed=seed, ids=[-987654321987654, 5])
+        waves.append(torch.sin(2 * torch.pi * draws.timesteps[:, 0].double() / NUM_TIMESTEPS).prod())
+    products = torch.stack(waves)
+    assert abs(float(products.mean())) < 4 * float(products.std()) / SEEDS**0.5
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_fewer_than_one_band_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="`num_bands` must be at least 1, got 0; 4 is the default"):
+        sample_draws(uniform_proposal(50), [1], num_draws=2, num_bands=0)

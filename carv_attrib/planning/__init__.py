@@ -196,7 +196,7 @@ def check_aims(budget: str | float | None, target_snr: float | None) -> float | 
     """
     if budget is not None and target_snr is not None:
         raise ArgumentError("`budget` and `target_snr` exclude each other; give one of them.")
-    if target_snr is not None and not 0 < target_snr < math.inf:
+    if target_snr is not None and (not isinstance(target_snr, int | float) or not 0 < target_snr < math.inf):
         raise ArgumentError(f"`target_snr` must be a positive number, got {target_snr!r}; 3 is a fair one.")
     return None if budget is None else parse_budget(budget)
 
@@ -356,7 +356,9 @@ class Planner:
         encodings = range(1, MOST_ENCODINGS + 1) if free else (self.config.estimator.num_encodings,)
         for num_draws in self.draw_counts(candidate.scheme):
             for num_encodings in encodings:
-                yield num_encodings, num_draws
+                # where each draw is a band, encodings share their draws, and more of them help less than eq. (6) says
+                if num_encodings == 1 or num_draws > self.config.estimator.num_bands:
+                    yield num_encodings, num_draws
 
     def best(self, candidate: Candidate, budget: float | None, target_snr: float | None) -> Split | None:
         """Return the (R, K) with the smallest feature error within the budget, or the fastest with the SNR wanted."""
