@@ -33,7 +33,7 @@ from carv_attrib.errors import ArgumentError
         ),
         ({"encoding": "mean"}, r"`encoding` must be one of mode, sample, got 'mean'"),
         ({"augmentation": "rotate"}, r"`augmentation` must be one of none, flip, crop, got 'rotate'"),
-        ({"proposal": "best"}, r"`proposal` must be one of uniform, weight, pilot, got 'best'"),
+        ({"proposal": "best"}, r"`proposal` must be one of uniform, weight, pilot, scores, got 'best'"),
         ({"weighting": "x"}, r"`weighting` must be one of balanced, uniform, got 'x'"),
         ({"noise": "x"}, r"`noise` must be one of shared, independent, got 'x'"),
         ({"objective": "x"}, r"`objective` must be one of loss, squared-norm, mean, got 'x'"),
