@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -112,6 +113,10 @@ class EstimatorConfig:
         """R K, the network evaluations that an example costs."""
         return self.num_encodings * self.num_draws
 
+    def examples_per_call(self, micro_batch: int) -> int:
+        """Return how many examples have their draws in a network call of so many rows; at least one."""
+        return max(1, micro_batch // self.draws_per_example)
+
     @property
     def every_draw_a_band(self) -> bool:
         """Whether products of gradients are taken draw by draw (B = K, shared) and not between means over bands."""
@@ -207,6 +212,10 @@ class ExecutionConfig:
         check_at_least("batch_size", self.batch_size, 1)
         if self.micro_batch is not None:
             check_at_least("micro_batch", self.micro_batch, 1)
+
+    def examples_per_batch(self, examples_per_call: int) -> int:
+        """Return `batch_size`, rounded up to fill network calls."""
+        return examples_per_call * math.ceil(self.batch_size / examples_per_call)
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from carv_attrib.augmentation import augment
 from carv_attrib.config import EstimatorConfig, FeaturizeConfig
 from carv_attrib.errors import DataError, NonFiniteGradientError, TeacherError
 from carv_attrib.gradient import full_calls, project_gradient, select_layers
-from carv_attrib.kernel import DEFAULT_DAMPING
+from carv_attrib.kernel import DEFAULT_DAMPING, decompose
 from carv_attrib.projection import Layer, Projector, build_projector
 from carv_attrib.sampling import Draws, Proposal, importance_proposal, pair_size, sample_draws, uniform_proposal
 from carv_attrib.seeding import stream
@@ -81,7 +81,7 @@ class Estimator:
     @property
     def examples_per_call(self) -> int:
         """Number of examples whose draws fill one network call."""
-        return max(1, self.micro_batch // self.config.draws_per_example)
+        return self.config.examples_per_call(self.micro_batch)
 
     def encode(
         self,
@@ -116,8 +116,10 @@ class Estimator:
         """Return R latents of each example."""
         config, encodings = self.config, []
         for r in range(config.num_encodings):
-            augmented = augment(pixels, config.augmentation, [stream(config.seed, "augmentation", i, r) for i in ids])
-            noise = None
+            augmented, noise = pixels, None
+            if config.augmentation != "none":
+                streams = [stream(config.seed, "augmentation", i, r) for i in ids]
+                augmented = augment(pixels, config.augmentation, streams)
             if config.encoding == "sample":
                 shape = self.teacher.latent_shape
                 streams = [stream(config.seed, "encoding", i, r) for i in ids]
@@ -244,11 +246,11 @@ def measure_profile(estimator: Estimator, encoded: Encoded, keys: Sequence[str])
 
 
 def binned_rms(
-    timesteps: Int[Tensor, " n"], squares: Float[Tensor, " n"]
+    timesteps: Int[Tensor, " n"], squares: Float[Tensor, " n"], num_bins: int = PILOT_BINS
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean timesteps and root mean squares of bins of as many values each."""
     order = timesteps.argsort(stable=True)
-    bins = order.tensor_split(min(PILOT_BINS, len(order)))
+    bins = order.tensor_split(min(num_bins, len(order)))
     return (
         tuple(float(timesteps[chosen].double().mean()) for chosen in bins),
         tuple(float(squares[chosen].mean().sqrt()) for chosen in bins),
@@ -275,16 +277,16 @@ def _measure_products(
     return tuple(_log_linear(at, products, profile.timesteps).tolist())
 
 
-def mean_square_products(vectors: Float[Tensor, "examples draws dims"]) -> Float[Tensor, " draws"]:
+def mean_square_products(vectors: Float64[Tensor, "examples draws dims"]) -> Float[Tensor, " draws"]:
     """Return, at each draw, the mean over pairs of different examples of the square of `g_i^T (H + lambda I)^{-1} g_j`.
 
     H is the mean outer product of the vectors. Where scores are products draw by draw, the square root of this
     makes the proposal of least variance for them; where bands are, it allocates draws to the bands that vary most.
     """
     flat = vectors.flatten(0, 1)
-    eigenvalues, eigenvectors = torch.linalg.eigh(flat.T @ flat / len(flat))
-    damped = eigenvalues.clamp(min=0) + DEFAULT_DAMPING * eigenvalues.mean()
-    whitened = (vectors @ eigenvectors / damped.sqrt()).transpose(0, 1)
+    kernel = decompose(flat.T @ flat, len(flat))
+    inverse = kernel.inverse("preconditioned", DEFAULT_DAMPING)
+    whitened = (vectors @ kernel.eigenvectors * inverse.sqrt()).transpose(0, 1)
     squares = (whitened @ whitened.transpose(1, 2)).square()
     pairs = len(vectors) * (len(vectors) - 1)
     total: Tensor = squares.sum((1, 2)) - squares.diagonal(dim1=1, dim2=2).sum(1)

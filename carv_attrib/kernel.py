@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from carv_attrib.config import check_choice
+from carv_attrib.config import FeaturizeConfig, check_choice
 from carv_attrib.errors import ArgumentError, StoreCorruptError, StoreError
 from carv_attrib.store import FeatureStore, atomic_file
 
@@ -81,9 +81,8 @@ def fit_kernel(store: FeatureStore, kind: KernelKind = "draws") -> Kernel:
         StoreError: if the store holds no features.
     """
     check_choice("kernel", kind, KernelKind)
-    config = store.manifest["config"]
-    every_draw = config["num_bands"] == config["num_draws"] and config["noise"] == "shared"
-    if kind == "means" and every_draw and config["proposal"] != "uniform":
+    config = FeaturizeConfig.from_flat(store.manifest["config"]).estimator
+    if kind == "means" and config.every_draw_a_band and config.proposal != "uniform":
         raise ArgumentError(
             "`kernel` means needs means over draws, but this index keeps every draw with the root of its weight; "
             "use `kernel` draws, or featurize with fewer `num_bands`."
@@ -95,6 +94,11 @@ def fit_kernel(store: FeatureStore, kind: KernelKind = "draws") -> Kernel:
         num_vectors += len(vectors)
     if num_vectors == 0:
         raise StoreError(f"{store.path} holds no features yet; run featurize first.")
+    return decompose(gram, num_vectors, kind)
+
+
+def decompose(gram: Float64[Tensor, "d d"], num_vectors: int, kind: KernelKind = "draws") -> Kernel:
+    """Return the kernel whose H is `gram / num_vectors`, a mean of outer products."""
     with _one_thread():
         eigenvalues, eigenvectors = torch.linalg.eigh(gram / num_vectors)
     return Kernel(kind, eigenvalues.clamp(min=0), eigenvectors, num_vectors)

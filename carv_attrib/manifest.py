@@ -44,7 +44,7 @@ def open_or_create(
         store = FeatureStore.open(output)
         store.check_matches(identity)
         return store, restore_estimator(teacher, store.manifest, config.execution.micro_batch)
-    micro_batch = config.execution.micro_batch or default_micro_batch(teacher, config)
+    micro_batch = choose_micro_batch(teacher, config)
     profile = run_pilot(teacher, examples, config, micro_batch) if needs_pilot(config) else None
     estimator = build_estimator(teacher, config, micro_batch, profile)
     manifest = {
@@ -131,11 +131,13 @@ def pilot_rows(examples: ExampleDataset, config: FeaturizeConfig, count: int) ->
     return choose_positions(key, torch.from_numpy(examples.ids), count).tolist()
 
 
-def default_micro_batch(teacher: Teacher, config: FeaturizeConfig) -> int:
-    """Return rows for a network call: 64 for 16 x 16 latents, in inverse proportion to their area.
+def choose_micro_batch(teacher: Teacher, config: FeaturizeConfig) -> int:
+    """Return the given rows of a network call, or 64 for 16 x 16 latents, in inverse proportion to their area.
 
-    From 1 to 256, and no more than a part of the dataset has draws.
+    The latter from 1 to 256, and no more than a part of the dataset has draws.
     """
+    if config.execution.micro_batch is not None:
+        return config.execution.micro_batch
     _, height, width = teacher.latent_shape
     rows_of_a_part = config.storage.part_size * config.estimator.draws_per_example
     return max(1, min(256, 64 * 256 // (height * width), rows_of_a_part))

@@ -5,7 +5,6 @@ image -> encode once -> many cheap (timestep, noise) draws -> per-example gradie
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -96,7 +95,7 @@ def featurize_rows(
 ) -> tuple[PartFeatures | None, list[Record]]:
     """Return the features and the records of some rows of a dataset."""
     pieces, records = [], []
-    step = estimator.examples_per_call * math.ceil(execution.batch_size / estimator.examples_per_call)
+    step = execution.examples_per_batch(estimator.examples_per_call)
     for start in range(0, len(rows), step):
         batch = read_batch(examples, rows[start : start + step], estimator.teacher, skip_bad=execution.skip_bad)
         if len(batch.ids):

@@ -147,15 +147,20 @@ def sample_draws(
     """
     sizes = band_sizes(proposal, num_draws, num_bands, scheme)
     names = [None] if ids is None else [int(id_) for id_ in ids]
-    rows = [_one_row(proposal, latent_shape, sizes, scheme, seed, purpose, id_) for id_ in names]
-    timesteps, noise = (torch.stack(parts) for parts in zip(*rows, strict=True))
+    noise = torch.stack([_noise(latent_shape, num_draws, scheme, seed, purpose, id_) for id_ in names])
     if scheme == "grid":
+        timesteps = (torch.arange(num_draws) * len(proposal.density) // num_draws).expand(len(names), -1)
         return Draws(timesteps, noise, torch.ones(timesteps.shape, dtype=torch.float64), sizes)
-    weights = proposal.importance_weights(timesteps)
-    if scheme != "iid":  # strata: the mass of a draw's band under q, over the share of the draws that the band has
-        shares = proposal.band_edges(num_bands).diff() * num_draws / torch.tensor(sizes)
-        weights = weights * shares.repeat_interleave(torch.tensor(sizes))
-    return Draws(timesteps, noise, weights, sizes)
+    uniforms = torch.stack([_uniforms(num_draws, scheme, seed, purpose, id_) for id_ in names])
+    if scheme == "iid":
+        timesteps = proposal.inverse_cdf(uniforms.sort().values)
+        return Draws(timesteps, noise, proposal.importance_weights(timesteps), sizes)
+    edges, pair = proposal.band_edges(num_bands), pair_size(scheme)
+    points = _strata(uniforms, edges, torch.tensor(sizes) // pair)
+    timesteps = proposal.inverse_cdf(points).repeat_interleave(pair, dim=1)
+    # the mass of a draw's band under q, over the share of the draws that the band has
+    shares = (edges.diff() * num_draws / torch.tensor(sizes)).repeat_interleave(torch.tensor(sizes))
+    return Draws(timesteps, noise, proposal.importance_weights(timesteps) * shares, sizes)
 
 
 def band_sizes(proposal: Proposal, num_draws: int, num_bands: int, scheme: Scheme) -> tuple[int, ...]:
@@ -207,43 +212,27 @@ def num_halves(num_draws: int, num_bands: int, scheme: Scheme) -> int:
     return 2 if num_draws // num_bands // pair_size(scheme) % 2 == 0 else 1
 
 
-def _one_row(
-    proposal: Proposal,
-    latent_shape: Sequence[int],
-    sizes: tuple[int, ...],
-    scheme: Scheme,
-    seed: int,
-    purpose: str,
-    id_: int | None,
-) -> tuple[Tensor, Tensor]:
-    """Return K timesteps, band after band in increasing order, and their noises."""
-    num_draws, pair = sum(sizes), pair_size(scheme)
-    name = (purpose,) if id_ is None else (purpose, id_)
-    noise = torch.from_numpy(
-        np.stack(
-            [
-                stream(seed, *name, "noise", k).standard_normal(latent_shape, np.float32)
-                for k in range(num_draws // pair)
-            ]
-        )
-    )
+def _noise(
+    latent_shape: Sequence[int], num_draws: int, scheme: Scheme, seed: int, purpose: str, id_: int | None
+) -> Float[Tensor, draws * latent]:
+    """Return the noises of one row: one stream each, or one for each antithetic pair."""
+    pair, name = pair_size(scheme), (purpose,) if id_ is None else (purpose, id_)
+    streams = [stream(seed, *name, "noise", k) for k in range(num_draws // pair)]
+    noise = torch.from_numpy(np.stack([s.standard_normal(latent_shape, np.float32) for s in streams]))
     if scheme == "orthogonal":
         noise = orthogonalise(noise)
-    if pair == 2:
-        noise = torch.stack([noise, -noise], dim=1).flatten(0, 1)
-    if scheme == "grid":
-        return torch.arange(num_draws) * len(proposal.density) // num_draws, noise
-    if scheme == "iid":
-        uniforms = torch.from_numpy(stream(seed, *name, "timesteps").random(num_draws))
-        return proposal.inverse_cdf(uniforms.sort().values), noise
-    if id_ is not None and num_draws == pair:
-        common = (purpose,) if id_ >= 0 else (purpose, "queries")
-        uniforms = torch.from_numpy(stream(seed, *common, "timesteps").random(1))
-        uniforms = (uniforms + (id_ * _GOLDEN % 2**64) / 2**64) % 1.0
-    else:
-        uniforms = torch.from_numpy(stream(seed, *name, "timesteps").random(num_draws // pair))
-    points = _strata(uniforms, proposal.band_edges(len(sizes)), torch.tensor(sizes) // pair)
-    return proposal.inverse_cdf(points).repeat_interleave(pair), noise
+    return noise if pair == 1 else torch.stack([noise, -noise], dim=1).flatten(0, 1)
+
+
+def _uniforms(num_draws: int, scheme: Scheme, seed: int, purpose: str, id_: int | None) -> Float[Tensor, " points"]:
+    """Return the random numbers of one row, one for each draw or pair; a lone one is moved on by the id."""
+    num_points = num_draws // pair_size(scheme)
+    if id_ is None or num_points > 1 or scheme == "iid":
+        name = (purpose,) if id_ is None else (purpose, id_)
+        return torch.from_numpy(stream(seed, *name, "timesteps").random(num_points))
+    common = (purpose,) if id_ >= 0 else (purpose, "queries")
+    moved = stream(seed, *common, "timesteps").random(1) + (id_ * _GOLDEN % 2**64) / 2**64
+    return torch.from_numpy(moved % 1.0)
 
 
 def orthogonalise(noise: Float[Tensor, "draws ..."]) -> Float[Tensor, "draws ..."]:
@@ -261,8 +250,8 @@ def orthogonalise(noise: Float[Tensor, "draws ..."]) -> Float[Tensor, "draws ...
 
 
 def _strata(
-    uniforms: Float[Tensor, " strata"], edges: Float[Tensor, " edges"], sizes: Int[Tensor, " bands"]
-) -> Float[Tensor, " strata"]:
+    uniforms: Float[Tensor, "batch strata"], edges: Float[Tensor, " edges"], sizes: Int[Tensor, " bands"]
+) -> Float[Tensor, "batch strata"]:
     """Return u_k = (k + U_k)/n, one point in each of n equal strata, scaled into each band in turn."""
     low, width, n = (per_band.repeat_interleave(sizes) for per_band in (edges[:-1], edges.diff(), sizes))
     k = torch.cat([torch.arange(size) for size in sizes.tolist()])

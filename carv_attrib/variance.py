@@ -7,6 +7,7 @@ serves attribution, score distillation and one-step distillation alike.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +64,12 @@ class Measured:
 
     value: float
     standard_error: float
+
+
+def mean_and_error(values: Sequence[float] | np.ndarray | Tensor) -> Measured:
+    """Return the mean of independent values and its standard error."""
+    values = np.asarray(values, dtype=np.float64)
+    return Measured(float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5))
 
 
 @dataclass(frozen=True)

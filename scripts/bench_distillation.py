@@ -1,7 +1,7 @@
 """Does reuse and stratification help one-step distillation: the variance of the gradient, and what comes of it?
 
 Command:  python scripts/bench_distillation.py
-Hardware: 1 CPU thread, about 10 minutes
+Hardware: 1 CPU thread; 43 minutes beside other jobs
 Writes:   docs/benchmarks/distillation.json, docs/images/distillation.png and the tables that it prints
 
 A generator that makes a digit in one step is trained by distribution matching (DMD, arXiv:2311.18828) from the packaged
@@ -43,6 +43,7 @@ from carv_attrib.variance import (
     RunningVariance,
     VarianceComponents,
     effective_compute_multiplier,
+    mean_and_error,
     relative_efficiency,
 )
 
@@ -498,11 +499,6 @@ class Outcome:
     arm: Arm
     distances: list[float]
     frechet: Measured
-
-
-def mean_and_error(values: list[float]) -> Measured:
-    """Return the mean over seeds and its standard error."""
-    return Measured(float(np.mean(values)), float(np.std(values, ddof=1) / len(values) ** 0.5))
 
 
 def cost_of(arm: Arm, costs: Costs) -> float:

@@ -32,7 +32,7 @@ from carv_attrib.config import FeaturizeConfig
 from carv_attrib.data import PixelSpec
 from carv_attrib.estimator import Encoded, Estimator, build_estimator
 from carv_attrib.gradient import row_objective
-from carv_attrib.manifest import default_micro_batch
+from carv_attrib.manifest import choose_micro_batch
 from carv_attrib.teacher import Teacher
 from carv_attrib.teachers._diffusers import DiffusersTeacher, freeze, schedule_of
 
@@ -98,7 +98,7 @@ def seconds(work: Callable[[], object]) -> float:
 def measure(teacher: Teacher, num_draws: int, num_examples: int, repetitions: int) -> dict[str, np.ndarray]:
     """Return the seconds of each method in each repetition, after one that is not counted."""
     config = FeaturizeConfig.from_flat({"num_draws": num_draws, "num_bands": min(4, num_draws)})
-    estimator = build_estimator(teacher, config, default_micro_batch(teacher, config), profile=None)
+    estimator = build_estimator(teacher, config, choose_micro_batch(teacher, config), profile=None)
     encoded = random_examples(teacher, num_examples)
     ids = list(range(num_examples))
     methods: dict[str, Callable[[], object]] = {

@@ -16,6 +16,7 @@ import io
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 
 import click
@@ -30,6 +31,7 @@ from torch import Tensor
 from carv_attrib import Attributor, featurize, load_teacher
 from carv_attrib.data import from_pixels, open_dataset, to_pixels
 from carv_attrib.demo import generate
+from carv_attrib.variance import mean_and_error
 
 METHODS = {
     "ours: preconditioned (default)": {},
@@ -80,11 +82,6 @@ def all_scores(
     return scores | {PIXELS: pixel_cosine(queries, train)}
 
 
-def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """Return the mean over queries and its standard error."""
-    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
-
-
 @click.command()
 @click.option("--num-copies", default=200, show_default=True)
 @click.option("--per-class", default=10, show_default=True, help="Generated digits of each class.")
@@ -106,12 +103,13 @@ def main(num_copies: int, per_class: int, num_draws: int, output: Path) -> None:
             queries = [from_pixels(degrade(train[i], generator)) for i in chosen]
             for name, scores in all_scores(attributor, queries, classes[chosen].tolist(), train).items():
                 rank = (scores > scores[np.arange(num_copies), chosen][:, None]).sum(1)
-                rows[name][f"{degradation}: first"] = mean_and_error(rank == 0)
-                rows[name][f"{degradation}: top 10"] = mean_and_error(rank < 10)
+                rows[name][f"{degradation}: first"] = astuple(mean_and_error(rank == 0))
+                rows[name][f"{degradation}: top 10"] = astuple(mean_and_error(rank < 10))
         labels = np.repeat(np.arange(10), per_class)
         for name, scores in all_scores(attributor, generate(labels.tolist(), seed=1), labels.tolist(), train).items():
             top = np.argsort(-scores, axis=1)[:, :10]
-            rows[name]["generated: class share of top 10"] = mean_and_error((classes[top] == labels[:, None]).mean(1))
+            shares = (classes[top] == labels[:, None]).mean(1)
+            rows[name]["generated: class share of top 10"] = astuple(mean_and_error(shares))
     table = Table("method", *next(iter(rows.values())), title=f"{num_draws} draws, mean ± standard error over queries")
     for name, cells in rows.items():
         table.add_row(name, *(f"{mean:.3f} ± {error:.3f}" for mean, error in cells.values()))

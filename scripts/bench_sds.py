@@ -38,7 +38,7 @@ from torch.nn import functional as F
 
 from carv_attrib import load_teacher
 from carv_attrib.data import open_dataset, to_pixels
-from carv_attrib.estimator import GradientProfile
+from carv_attrib.estimator import GradientProfile, binned_rms
 from carv_attrib.sampling import Draws, Proposal, Scheme, importance_proposal, sample_draws, uniform_proposal
 from carv_attrib.seeding import stream
 from carv_attrib.teachers._diffusers import DiffusersTeacher
@@ -47,6 +47,7 @@ from carv_attrib.variance import (
     Measured,
     VarianceComponents,
     effective_compute_multiplier,
+    mean_and_error,
     relative_efficiency,
     variance_components,
 )
@@ -214,13 +215,8 @@ def single_draws(problem: Distillation, scene: Tensor, *, cameras: int, draws: i
 
 def pilot_proposal(timesteps: Tensor, gradients: Tensor) -> Proposal:
     """Return q ∝ root mean square gradient norm at t, in bins of as many draws, log-linear in between."""
-    order = timesteps.flatten().argsort()
     squares = gradients.flatten(0, 1).double().square().sum(1)
-    bins = order.tensor_split(PILOT_BINS)
-    profile = GradientProfile(
-        tuple(float(timesteps.flatten()[chosen].double().mean()) for chosen in bins),
-        tuple(float(squares[chosen].mean().sqrt()) for chosen in bins),
-    )
+    profile = GradientProfile(*binned_rms(timesteps.flatten(), squares, PILOT_BINS))
     return importance_proposal(profile.at_every_timestep(1000))
 
 
@@ -240,12 +236,6 @@ def squared_deviations(replicates: Tensor) -> Tensor:
     """Return squared distances from the mean of replicates, scaled such that their mean is tr Cov without bias."""
     deviations = replicates.double() - replicates.double().mean(0)
     return deviations.square().sum(1) * len(replicates) / (len(replicates) - 1)
-
-
-def mean_and_error(values: np.ndarray | Tensor) -> Measured:
-    """Return the mean and its standard error."""
-    values = np.asarray(values, dtype=np.float64)
-    return Measured(float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5))
 
 
 def bias_scores(replicates: Tensor, reference: Tensor, directions: Tensor) -> Tensor:

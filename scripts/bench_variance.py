@@ -42,15 +42,18 @@ from carv_attrib.demo import generate
 from carv_attrib.estimator import (
     Encoded,
     Estimator,
+    GradientProfile,
     average_bands,
+    binned_rms,
     build_estimator,
     kernel_vectors,
     mean_square_products,
     measure_profile,
 )
-from carv_attrib.sampling import Draws, Proposal, importance_proposal, sample_draws, uniform_proposal
+from carv_attrib.kernel import DEFAULT_DAMPING, decompose
+from carv_attrib.sampling import Draws, Proposal, importance_proposal, pair_size, sample_draws, uniform_proposal
 from carv_attrib.seeding import stream, stream_key
-from carv_attrib.variance import Measured, RunningVariance, relative_efficiency
+from carv_attrib.variance import Measured, RunningVariance, mean_and_error, relative_efficiency
 
 NUM_TIMESTEPS = 1000
 KINDS = ("raw loss", "unit norm", "balanced")
@@ -61,7 +64,6 @@ SHARED_REPLICATES = {2: 5, 6: 4, 56: 2}
 INDEPENDENT_REPLICATES = {2: 3, 8: 2}
 SPLITS = {4: (2, 2), 8: (6, 2), 64: (56, 8)}  # shared and independent draws of a total
 SCORE_REPLICATES = {4: 6, 8: 6, 16: 4, 64: 3}
-DAMPING = 0.1
 
 
 class Bench:
@@ -134,29 +136,23 @@ class Bench:
     def pair_deviation(self) -> Tensor:
         """Return the standard deviation of an antithetic pair's mean at each timestep: Neyman's allocation of pairs."""
         timesteps, gradients = self.pilot_pairs()
-        return smoothed(timesteps, gradients.mean(2).var(1).sum(-1)).sqrt()
+        profile = GradientProfile(*binned_rms(timesteps, gradients.mean(2).var(1).sum(-1)))
+        return profile.at_every_timestep(NUM_TIMESTEPS)
 
     def score_magnitude(self, kind: str) -> Tensor:
         """Return the rms over pairs of pilot examples of the preconditioned product of gradients at each timestep."""
         pilot = self.rows(slice(NUM_EXAMPLES, NUM_EXAMPLES + 32))
         draws = sample_draws(uniform_proposal(NUM_TIMESTEPS), self.teacher.latent_shape, num_draws=64, purpose="score")
         vectors = self.of_kind(kind, self.gradients(pilot, draws), draws.expand(32)).double()
-        return smoothed(draws.timesteps.flatten(), mean_square_products(vectors)).sqrt()
-
-
-def smoothed(timesteps: Tensor, squares: Tensor, num_bins: int = 32) -> Tensor:
-    """Return means of `squares` in bins of timesteps, log-linear in between, at every timestep."""
-    bins = timesteps.argsort(stable=True).tensor_split(num_bins)
-    centres = [float(timesteps[chosen].double().mean()) for chosen in bins]
-    means = [float(squares[chosen].mean().log()) for chosen in bins]
-    return torch.from_numpy(np.exp(np.interp(np.arange(NUM_TIMESTEPS), centres, means)))
+        profile = GradientProfile(*binned_rms(draws.timesteps[0], mean_square_products(vectors)))
+        return profile.at_every_timestep(NUM_TIMESTEPS)
 
 
 def whitener(vectors: Tensor) -> Tensor:
     """Return W with `W W^T = (H + lambda I)^{-1}`, H the mean outer product of vectors (examples, draws, dims)."""
     flat = vectors.flatten(0, 1)
-    eigenvalues, eigenvectors = torch.linalg.eigh(flat.T @ flat / len(flat))
-    return eigenvectors / (eigenvalues.clamp(min=0) + DAMPING * eigenvalues.mean()).sqrt()
+    kernel = decompose(flat.T @ flat, len(flat))
+    return kernel.eigenvectors * kernel.inverse("preconditioned", DEFAULT_DAMPING).sqrt()
 
 
 def draws_of(scheme: str, proposal: Proposal, shape: tuple[int, ...], num_draws: int, seed: int, ids: Any) -> Draws:
@@ -424,18 +420,19 @@ class Scores:
             vectors = self.bench.of_kind(kind, gradients, draws.expand(len(gradients)))
             if kind not in self.whiteners:  # from the first reference
                 self.whiteners[kind] = whitener(kernel_vectors(vectors, draws)[NUM_QUERIES:].double())
-            for bands in self.bands(scheme, num_draws, one_band=one_band, uniform=proposal == "uniform"):
+            for bands in bands_of(scheme, num_draws, one_band=one_band, uniform=proposal == "uniform"):
                 count = num_draws if bands == "K" else int(bands)
                 config = EstimatorConfig(num_draws=num_draws, num_bands=count, scheme=scheme)
                 means = average_bands(vectors, draws, config).mean(2).double() @ self.whiteners[kind]
                 found[kind, bands] = torch.einsum("qbd,nbd->qn", means[:NUM_QUERIES], means[NUM_QUERIES:]) / count
         return found
 
-    def bands(self, scheme: str, num_draws: int, *, one_band: bool, uniform: bool) -> list[str]:
-        """Return which numbers of bands (K: one for each draw) can be scored from draws for one band, or for four."""
-        pairs = scheme in ("antithetic", "orthogonal")
-        four = ["4"] if num_draws >= (8 if pairs else 4) else []
-        return (["1"] + ["K"] * (not pairs) if one_band else []) + (four if uniform or not one_band else [])
+
+def bands_of(scheme: str, num_draws: int, *, one_band: bool, uniform: bool) -> list[str]:
+    """Return which numbers of bands (K: one for each draw) can be scored from draws for one band, or for four."""
+    pairs = pair_size(scheme) == 2
+    four = ["4"] if num_draws >= (8 if pairs else 4) else []
+    return (["1"] + ["K"] * (not pairs) if one_band else []) + (four if uniform or not one_band else [])
 
 
 def bench_scores(bench: Bench, name: str, results: Results) -> None:
@@ -487,14 +484,9 @@ def describe_scores(replicates: Tensor, reference: Tensor) -> dict[str, Any]:
     return {
         "variance": (replicates.var(0).mean(1) / spread).tolist(),
         "ranking_variance": (centred.var(0).mean(1) / spread).tolist(),
-        "rank_correlation": asdict(over_queries(np.mean(ranks, axis=0))),
-        "top_10_overlap": asdict(over_queries(np.mean(overlaps, axis=0))),
+        "rank_correlation": asdict(mean_and_error(np.mean(ranks, axis=0))),
+        "top_10_overlap": asdict(mean_and_error(np.mean(overlaps, axis=0))),
     }
-
-
-def over_queries(values: np.ndarray) -> Measured:
-    """Return the mean over queries and its standard error."""
-    return Measured(float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5))
 
 
 # --- projection -----------------------------------------------------------------------------------------------------
@@ -529,7 +521,7 @@ def measure_projection(bench: Bench) -> dict[str, Any]:
     )
     of_draws, of_projection = products.var(1).mean(), (products.mean(1).var(0) - products.var(1).mean(0) / 6).mean()
     return {
-        "trace_ratio": asdict(over_queries(ratios.flatten().numpy())),
+        "trace_ratio": asdict(mean_and_error(ratios.flatten().numpy())),
         "score_variance_of_draws": float(of_draws),
         "score_variance_of_projection": float(of_projection),
         "spread_of_scores": float(products.mean((0, 1)).var()),

@@ -150,7 +150,7 @@ def random_encoding(teacher: Teacher) -> dict[str, object]:
         variance = over_replicates(sampling_variance, torch.stack(found))
         cost = float(torch.tensor(seconds).median())
         draw = made.costs.units.draw.value
-        expected_cost = made.costs.upstream_seconds(NUM_EXAMPLES, num_draws) + num_draws * draw
+        expected_cost = made.costs.upstream_seconds(estimator.examples_per_call) + num_draws * draw
         rows.append(
             {
                 "num_draws": num_draws,

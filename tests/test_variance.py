@@ -15,6 +15,7 @@ from carv_attrib.variance import (
     RunningVariance,
     VarianceComponents,
     effective_compute_multiplier,
+    mean_and_error,
     relative_efficiency,
     variance_components,
 )
@@ -152,3 +153,9 @@ def test_the_bootstrap_error_of_an_efficiency_is_its_spread_over_new_examples() 
 
 def test_a_multiplier_is_the_efficiency_times_the_ratio_of_costs() -> None:
     assert effective_compute_multiplier(Measured(3.0, 0.5), 2.0, 8.0) == Measured(0.75, 0.125)
+
+
+def test_the_mean_of_independent_values_comes_with_its_standard_error() -> None:
+    measured = mean_and_error([1.0, 2.0, 3.0, 6.0])
+    assert measured.value == 3.0
+    assert measured.standard_error == pytest.approx((14 / 3 / 4) ** 0.5)

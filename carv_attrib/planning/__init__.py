@@ -14,7 +14,7 @@ from carv_attrib.config import EstimatorConfig, FeaturizeConfig, ProposalKind, c
 from carv_attrib.data import ExampleDataset, open_dataset
 from carv_attrib.errors import ArgumentError, StoreMismatchError
 from carv_attrib.estimator import GradientProfile
-from carv_attrib.manifest import default_micro_batch
+from carv_attrib.manifest import choose_micro_batch
 from carv_attrib.planning.costs import CostModel, parse_budget
 from carv_attrib.planning.forecast import Candidate, jackknife_error
 from carv_attrib.planning.pilot import Choice, VarianceShares, num_evaluations, study
@@ -316,7 +316,7 @@ class Planner:
         changes: dict[str, Any] = {"scheme": candidate.scheme, "proposal": candidate.proposal}
         changes |= {"num_encodings": num_encodings, "num_draws": num_draws}
         config = replace(self.config, estimator=replace(self.config.estimator, **changes))
-        return config, config.execution.micro_batch or default_micro_batch(self.teacher, config)
+        return config, choose_micro_batch(self.teacher, config)
 
     def seconds(self, candidate: Candidate, num_encodings: int, num_draws: int) -> float:
         """Return the seconds of a run."""
@@ -357,7 +357,8 @@ class Planner:
         for num_draws in self.draw_counts(candidate.scheme):
             for num_encodings in encodings:
                 # where each draw is a band, encodings share their draws, and more of them help less than eq. (6) says
-                if num_encodings == 1 or num_draws > self.config.estimator.num_bands:
+                config, _ = self.configure(candidate, num_encodings, num_draws)
+                if num_encodings == 1 or not config.estimator.every_draw_a_band:
                     yield num_encodings, num_draws
 
     def best(self, candidate: Candidate, budget: float | None, target_snr: float | None) -> Split | None:
@@ -401,8 +402,9 @@ class Planner:
 
     def encoding_seconds(self, candidate: Candidate, num_draws: int) -> float:
         """Return the seconds for encoding an example once more and for its K draws."""
-        _, micro_batch = self.configure(candidate, 1, num_draws)
-        return self.costs.upstream_seconds(micro_batch, num_draws) + num_draws * self.costs.units.draw.value
+        config, micro_batch = self.configure(candidate, 1, num_draws)
+        per_call = config.estimator.examples_per_call(micro_batch)
+        return self.costs.upstream_seconds(per_call) + num_draws * self.costs.units.draw.value
 
     def curve(self, candidate: Candidate, num_encodings: int) -> list[Forecast]:
         """Return forecasts at some numbers of draws, each about twice the last."""

@@ -122,10 +122,9 @@ class CostModel:
     num_examples: int
     proj_dim: int
 
-    def upstream_seconds(self, micro_batch: int, draws_per_example: int) -> float:
-        """Return the seconds for encoding one example once."""
-        per_call = max(1, micro_batch // draws_per_example)
-        return self.units.encode_row.value + self.units.encode_call.value / per_call
+    def upstream_seconds(self, examples_per_call: int) -> float:
+        """Return the seconds for encoding one example once, so many at a time."""
+        return self.units.encode_row.value + self.units.encode_call.value / examples_per_call
 
     def seconds(self, config: FeaturizeConfig, micro_batch: int) -> Measured:
         """Return the seconds of the whole run with a loaded teacher, and how far they could be off by the timings.
@@ -137,7 +136,7 @@ class CostModel:
         calls = _network_calls(config, micro_batch, self.num_examples)
         pilot_rows = min(PILOT_EXAMPLES, self.num_examples)
         encoded = self.num_examples + pilot_rows
-        encode = estimator.num_encodings * encoded * self.upstream_seconds(micro_batch, estimator.draws_per_example)
+        encode = estimator.num_encodings * encoded * self.upstream_seconds(estimator.examples_per_call(micro_batch))
         rows = calls * micro_batch + math.ceil(pilot_rows * PILOT_DRAWS / micro_batch) * micro_batch
         kernel_rows = self._kernel_examples(config) * estimator.draws_per_example
         linear = kernel_rows + self.num_examples * estimator.num_bands
@@ -184,8 +183,7 @@ class CostModel:
 def _network_calls(config: FeaturizeConfig, micro_batch: int, num_examples: int) -> int:
     """Return how many network calls the batches of all parts make."""
     draws, size = config.estimator.draws_per_example, config.storage.part_size
-    per_call = max(1, micro_batch // draws)
-    step = per_call * math.ceil(config.execution.batch_size / per_call)
+    step = config.execution.examples_per_batch(config.estimator.examples_per_call(micro_batch))
 
     def calls(examples: int) -> int:
         full, rest = divmod(examples, step)

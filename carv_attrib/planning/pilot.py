@@ -30,8 +30,8 @@ from carv_attrib.estimator import (
     measure_profile,
 )
 from carv_attrib.gradient import row_objective
-from carv_attrib.kernel import DEFAULT_DAMPING, Kernel, similarity
-from carv_attrib.manifest import default_micro_batch, pilot_rows, read_pilot
+from carv_attrib.kernel import DEFAULT_DAMPING, Kernel, decompose, similarity
+from carv_attrib.manifest import choose_micro_batch, pilot_rows, read_pilot
 from carv_attrib.planning.costs import Stopwatch, UnitCosts, peak_memory
 from carv_attrib.planning.forecast import (
     Candidate,
@@ -173,7 +173,7 @@ class _Bench:
         self.num_evaluations = 0
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        unweighted = build_estimator(teacher, config, default_micro_batch(teacher, config), None)
+        unweighted = build_estimator(teacher, config, choose_micro_batch(teacher, config), None)
         unweighted = replace(unweighted, config=replace(unweighted.config, num_encodings=1))
         self.encoded = encode_batch(unweighted, batch)
         self.profile = measure_profile(unweighted, self.encoded, batch.keys)
@@ -182,8 +182,7 @@ class _Bench:
         """Return the estimator of one encoding that featurize would use, but for some changes."""
         changes |= {"scheme": choice[0], "proposal": choice[1], "num_draws": num_draws, "num_encodings": 1}
         config = replace(self.config, estimator=replace(self.config.estimator, **changes))
-        micro_batch = config.execution.micro_batch or default_micro_batch(self.teacher, config)
-        return build_estimator(self.teacher, config, micro_batch, self.profile)
+        return build_estimator(self.teacher, config, choose_micro_batch(self.teacher, config), self.profile)
 
     def replicate(
         self, estimator: Estimator, encoded: Encoded, *names: str | int
@@ -220,9 +219,9 @@ class _Bench:
         for rows in vectors.tensor_split(4):
             with self.watch.time("matrix_row", len(rows)):
                 rows.float().double().T @ rows
+        gram = vectors.T @ vectors
         with self.watch.time("eigh", 1):
-            eigenvalues, eigenvectors = torch.linalg.eigh(vectors.T @ vectors / len(vectors))
-        kernel = Kernel("draws", eigenvalues.clamp(min=0), eigenvectors, len(vectors))
+            kernel = decompose(gram, len(vectors))
         return torch.stack([strata - mean, whole - even, even - strata]), kernel
 
     def replicates(self, choice: Choice, kernel: Kernel) -> tuple[Replicates, Replicates]:
