@@ -12,12 +12,13 @@ import json
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8, UInt64
 from torch import Tensor
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+_LOW_64 = 2**64 - 1
 
 
 def stream_key(seed: int, *names: str | int) -> int:
@@ -36,10 +37,13 @@ def stream(seed: int, *names: str | int) -> np.random.Generator:
 
 
 def random_bits(key: int, counters: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """Return 64 hashed bits, as int64, for each counter: the same on every device."""
-    low, high = _signed(key), _signed(key >> 64)
-    mixed = _finalise((counters ^ high) * _GOLDEN + low)
-    return _finalise(mixed + low)
+    """Return 64 hashed bits, as int64, for each counter: the same on every device.
+
+    On a CPU numpy does the same arithmetic in place, several times faster.
+    """
+    if counters.device.type == "cpu":
+        return torch.from_numpy(_hash_in_place(key, counters.numpy().astype(np.uint64)).view(np.int64))
+    return _hash(key, counters)
 
 
 def choose_positions(key: int, ids: Int[Tensor, " n"], count: int) -> Int[Tensor, " chosen"]:
@@ -49,11 +53,19 @@ def choose_positions(key: int, ids: Int[Tensor, " n"], count: int) -> Int[Tensor
 
 def random_signs(key: int, start: int, count: int, device: torch.device | str = "cpu") -> Float[Tensor, " count"]:
     """Return entries `start` to `start + count` of an endless row of independent signs, -1 or 1, in float32."""
+    return random_bools(key, start, count, device).float() * 2 - 1
+
+
+def random_bools(key: int, start: int, count: int, device: torch.device | str = "cpu") -> UInt8[Tensor, " count"]:
+    """Return entries `start` to `start + count` of an endless row of independent fair bits, 0 or 1."""
     first, last = start // 64, (start + count - 1) // 64
     words = random_bits(key, torch.arange(first, last + 1, dtype=torch.int64, device=device))
-    bits = (words[:, None] >> torch.arange(64, device=device)) & 1
+    if words.device.type == "cpu":
+        bits = torch.from_numpy(np.unpackbits(words.numpy().astype("<i8").view(np.uint8), bitorder="little"))
+    else:
+        bits = ((words[:, None] >> torch.arange(64, device=device)) & 1).flatten().to(torch.uint8)
     offset = start - 64 * first
-    return (bits.flatten()[offset : offset + count] * 2 - 1).float()
+    return bits[offset : offset + count]
 
 
 def random_normals(key: int, start: int, count: int, device: torch.device | str = "cpu") -> Float[Tensor, " count"]:
@@ -66,7 +78,29 @@ def random_normals(key: int, start: int, count: int, device: torch.device | str 
 
 def _signed(word: int) -> int:
     """Return the low 64 bits of `word` as a signed integer."""
-    return int(np.uint64(word & 0xFFFFFFFFFFFFFFFF).astype(np.int64))
+    return int(np.uint64(word & _LOW_64).astype(np.int64))
+
+
+def _hash(key: int, counters: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """Return two rounds of SplitMix64 under a key."""
+    low, high = _signed(key), _signed(key >> 64)
+    mixed = _finalise((counters ^ high) * _GOLDEN + low)
+    return _finalise(mixed + low)
+
+
+def _hash_in_place(key: int, x: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+    """Return what `_hash` does, in the memory of its input."""
+    low, high = (np.uint64(word & _LOW_64) for word in (key, key >> 64))
+    np.bitwise_xor(x, high, out=x)
+    x *= np.uint64(_GOLDEN & _LOW_64)
+    for _ in range(2):
+        x += low
+        x ^= x >> np.uint64(30)
+        x *= np.uint64(_MIX_1 & _LOW_64)
+        x ^= x >> np.uint64(27)
+        x *= np.uint64(_MIX_2 & _LOW_64)
+        x ^= x >> np.uint64(31)
+    return x
 
 
 def _finalise(x: Int[Tensor, " n"]) -> Int[Tensor, " n"]:

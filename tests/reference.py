@@ -114,7 +114,7 @@ def band_masses(density: Tensor, counts: Tensor, num_bands: int) -> Tensor:
 
 def kronecker_block(projector: KroneckerProjector, layer: Layer, gradient: Tensor) -> Tensor:
     """Return P_out^T G P_in, summed over groups, flat: eq. (7) with the gradient written out."""
-    p_in, p_out = projector.matrices(layer)
+    p_in, p_out = (p.to(gradient) for p in projector.matrices(layer))
     return sum(p_out[g].T @ gradient[g] @ p_in[g] for g in range(len(gradient))).flatten()  # type: ignore[union-attr]
 
 
@@ -123,9 +123,8 @@ def fold(projector: KroneckerProjector, row: Tensor) -> Tensor:
     if len(row) == projector.proj_dim:
         return row
     folded = row.new_zeros(projector.proj_dim)
-    for place, (source, sign) in enumerate(zip(projector._permutation, projector._signs, strict=True)):
-        if source < len(row):
-            folded[place % projector.proj_dim] += sign * row[source]
+    for place, entry in enumerate(row):
+        folded[place % projector.proj_dim] += projector._signs[place] * entry
     return folded
 
 

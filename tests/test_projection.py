@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from carv_attrib import projection
 from carv_attrib.config import ProjectionConfig
 from carv_attrib.errors import ArgumentError
 from carv_attrib.projection import (
@@ -19,9 +19,10 @@ from carv_attrib.projection import (
     Projector,
     TrakProjector,
     build_projector,
-    random_matrix,
+    dense,
     weight_gradient,
 )
+from carv_attrib.projection.kronecker import random_matrix, ranks
 from tests import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
@@ -34,6 +35,11 @@ MODULES: dict[str, tuple[Callable[[bool], nn.Linear | nn.Conv2d], tuple[int, ...
     "linear-4d": (lambda bias: nn.Linear(6, 5, bias=bias), (3, 2, 6)),
     "conv-1x1": (lambda bias: nn.Conv2d(4, 5, 1, bias=bias), (4, 5, 6)),
     "conv-3x3": (lambda bias: nn.Conv2d(4, 5, 3, padding=1, bias=bias), (4, 5, 6)),
+    "conv-3x3-of-many": (lambda bias: nn.Conv2d(9, 5, 3, stride=2, padding=(1, 2), bias=bias), (9, 5, 6)),
+    "conv-groups-of-many": (lambda bias: nn.Conv2d(14, 4, (2, 3), groups=2, bias=bias), (14, 5, 6)),
+    "conv-1x1-groups": (lambda bias: nn.Conv2d(6, 4, 1, groups=2, bias=bias), (6, 5, 6)),
+    "conv-1x1-stride": (lambda bias: nn.Conv2d(6, 4, 1, stride=2, bias=bias), (6, 5, 6)),
+    "conv-1x1-padding": (lambda bias: nn.Conv2d(6, 4, 1, padding=1, bias=bias), (6, 5, 6)),
     "conv-oblong": (lambda bias: nn.Conv2d(2, 3, (3, 2), (1, 2), (0, 1), bias=bias), (2, 7, 6)),
     "conv-stride": (lambda bias: nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=bias), (3, 8, 7)),
     "conv-dilation": (lambda bias: nn.Conv2d(3, 4, 3, dilation=2, bias=bias), (3, 7, 8)),
@@ -124,7 +130,7 @@ def test_kronecker_block_is_the_product_of_explicit_matrices(case: Case) -> None
 def test_dense_block_is_the_product_with_the_explicit_matrix(
     case: Case, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(projection, "ENTRIES_PER_BLOCK", 5 * 16)  # five parameters at a time
+    monkeypatch.setattr(dense, "ENTRIES_PER_BLOCK", 5 * 16)  # five parameters at a time
     projector = build(kind, [case.layer])
     assert isinstance(projector, DenseProjector)
     expected = [reference.dense(projector, [case.layer], {"layer": gradient}) for gradient in case.gradients]
@@ -171,7 +177,7 @@ def flat_gradients(cases: list[Case]) -> Tensor:
 
 
 @pytest.mark.parametrize("proj_dim", [5, 6, 11, 12, 13, 100])
-def test_kronecker_folds_all_layers_as_the_permutation_says(proj_dim: int) -> None:
+def test_kronecker_folds_all_layers_as_the_signs_say(proj_dim: int) -> None:
     cases = three_cases()
     layers = [c.layer for c in cases]
     projector = build("kronecker", layers, proj_dim=proj_dim)
@@ -193,12 +199,29 @@ def _split(case: Case, row: int) -> tuple[Tensor, Tensor]:
     return weight, bias
 
 
-def test_the_fold_uses_every_entry_once_with_a_fair_sign() -> None:
+def test_the_signs_of_the_fold_are_fair() -> None:
     layers = [Layer(str(i), nn.Linear(50, 50)) for i in range(40)]
-    projector = KroneckerProjector(layers, 4, 100, 0, "cpu", torch.float32)
-    assert sorted(projector._permutation.tolist()) == list(range(len(projector._permutation)))
+    projector = KroneckerProjector(layers, 4, 100, 0, "cpu")
     assert set(projector._signs.tolist()) == {-1.0, 1.0}
     assert abs(float(projector._signs.mean())) < 4 / len(projector._signs) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        (nn.Linear(100, 100), (8, 8)),
+        (nn.Linear(100, 4), (16, 4)),
+        (nn.Linear(3, 100), (4, 16)),
+        (nn.Linear(2, 4), (3, 4)),
+        (nn.Conv2d(64, 1, 3), (64, 1)),
+        (nn.Conv2d(64, 64, 3, groups=64), (10, 1)),
+    ],
+)
+def test_a_block_has_as_many_entries_where_one_side_is_short(module: nn.Linear | nn.Conv2d, expected: Any) -> None:
+    layer = Layer("layer", module)
+    assert ranks(layer, 8) == expected
+    p_in, p_out = KroneckerProjector([layer], 8, 64, 0, "cpu").matrices(layer)
+    assert (p_in.shape[1:], p_out.shape[1:]) == ((layer.in_dim, expected[0]), (layer.out_dim, expected[1]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -256,7 +279,7 @@ def test_a_seed_names_the_projection(kind: str) -> None:
 
 def test_no_two_kronecker_factors_share_their_entries() -> None:
     layers = [Layer(name, nn.Conv2d(32, 32, 2, groups=2)) for name in ("a", "b")]
-    projector = KroneckerProjector(layers, 8, 64, 0, "cpu", torch.float32)
+    projector = KroneckerProjector(layers, 8, 64, 0, "cpu")
     factors = [m[g, :16].flatten().sign() for x in layers for m in projector.matrices(x) for g in range(2)]
     agreement = torch.corrcoef(torch.stack(factors)) - torch.eye(len(factors))
     assert float(agreement.abs().max()) < 4.5 / factors[0].numel() ** 0.5

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from carv_attrib import seeding
 from carv_attrib.seeding import choose_positions, random_bits, random_normals, random_signs, stream, stream_key
 
 SAMPLES = 200_000
@@ -97,6 +98,13 @@ def test_normals_are_normal_by_chi_square_on_equal_cells() -> None:
     counts = torch.histc(uniforms, bins=100, min=0, max=1)
     chi_square = float(((counts - SAMPLES / 100) ** 2 / (SAMPLES / 100)).sum())
     assert abs(chi_square - 99) < 4 * (2 * 99) ** 0.5
+
+
+def test_the_hash_on_a_processor_is_that_of_other_devices() -> None:
+    counters = torch.cat([torch.arange(1000), torch.tensor([-1, 2**40, -(2**62)])])
+    for seed in range(3):
+        key = stream_key(seed, "device")
+        assert torch.equal(random_bits(key, counters), seeding._hash(key, counters))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

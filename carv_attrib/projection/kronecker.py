@@ -1,0 +1,193 @@
+"""The default projection: both sides of each weight gradient, then a fold of all layers (`docs/method.md`, eq. (7))."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from carv_attrib.projection.layer import Layer, padded
+from carv_attrib.seeding import random_signs, stream_key
+
+
+def random_matrix(key: int, rows: int, columns: int) -> Float[Tensor, "rows columns"]:
+    """Return independent signs over sqrt(columns), or the identity where columns would not be fewer than rows."""
+    if columns >= rows:
+        return torch.eye(rows)
+    return random_signs(key, 0, rows * columns).view(rows, columns) / math.sqrt(columns)
+
+
+def ranks(layer: Layer, rank: int) -> tuple[int, int]:
+    """Return (r_in, r_out): `rank` on both sides; where one side is shorter, the other makes up for it.
+
+    A block has rank^2 entries all the same, unless the layer has fewer weights. Layers with few inputs or outputs are
+    the ends of the network, which can hold most of the gradient.
+
+    >>> ranks(Layer("out", nn.Linear(100, 4)), 8)
+    (16, 4)
+    """
+    r_out = min(layer.out_dim, rank)
+    r_in = min(layer.in_dim, math.ceil(rank**2 / r_out))
+    return r_in, min(layer.out_dim, math.ceil(rank**2 / r_in))
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The two sides of a layer's projection, in the forms in which they are applied.
+
+    Attributes:
+        channels: mixes the input channels of each group; None: they stay as they are.
+        patches: weight of the convolution that follows, `r_in` outputs for each group; None: there is none.
+        bias: what the input that stands for the bias adds; None for a layer without.
+        out: P_out^T of each group.
+    """
+
+    channels: Float[Tensor, "groups mixed channels"] | None
+    patches: Float[Tensor, "groups_rank mixed height width"] | None
+    bias: Float[Tensor, " groups_rank"] | None
+    out: Float[Tensor, "groups out_rank out_dim"]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Factors:
+        """Return the factors on a device, in a dtype."""
+        channels, patches, bias = (
+            None if x is None else x.to(device, dtype) for x in (self.channels, self.patches, self.bias)
+        )
+        return Factors(channels, patches, bias, self.out.to(device, dtype))
+
+
+def draw_factors(layer: Layer, rank: int, seed: int) -> Factors:
+    """Return the random matrices of a layer, in float32 on the CPU.
+
+    `P_in` of a convolution is a product: signs that mix its channels to twice the rank, then signs over patches of
+    the mixture. Most of the work is then one narrow matrix product, and the accuracy is that of independent entries
+    (`scripts/bench_projection.py`).
+    """
+
+    def matrices(side: str, rows: int, columns: int) -> Float[Tensor, "groups columns rows"]:
+        keys = [stream_key(seed, "kronecker", layer.name, side, g) for g in range(layer.groups)]
+        return torch.stack([random_matrix(key, rows, columns).T for key in keys])
+
+    r_in, r_out = ranks(layer, rank)
+    in_channels, *kernel_size = layer.module.weight.shape[1:]
+    positions = math.prod(kernel_size)
+    mixed = min(in_channels, 2 * r_in) if positions > 1 else in_channels
+    inner = matrices("in", mixed * positions + layer.has_bias, r_in)
+    weights, bias = inner[..., : mixed * positions], inner[..., -1].flatten() if layer.has_bias else None
+    out = matrices("out", layer.out_dim, r_out)
+    if not slides(layer.module):
+        return Factors(weights, None, bias, out)
+    channels = matrices("channels", in_channels, mixed) if mixed < in_channels else None
+    return Factors(channels, weights.reshape(-1, mixed, *kernel_size), bias, out)
+
+
+def slides(module: nn.Linear | nn.Conv2d) -> bool:
+    """Return whether an output position sees more, or others, than the input at that position."""
+    if isinstance(module, nn.Linear):
+        return False
+    return {*module.kernel_size, *module.stride} != {1} or set(module.padding) not in ({0}, set("same"), set("valid"))
+
+
+class KroneckerProjector:
+    """Projects both sides of every weight gradient, then folds all layers together (eq. (7)).
+
+    A layer's block is `sum over tokens of (P_out^T d)(P_in^T a)^T`, of shape (r_out, r_in); the groups of a
+    convolution have matrices of their own and are summed. The blocks of all layers, in one row, are given random
+    signs and added up `proj_dim` at a time: a sparse sign sketch whose buckets are equally full. Unbiased:
+    `E[P P^T] = I` for each factor, and signs make the cross terms of a fold vanish in the mean.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], rank: int, proj_dim: int, seed: int, device: torch.device | str
+    ) -> None:
+        self._drawn = {layer.name: draw_factors(layer, rank, seed) for layer in layers}
+        self._placed: dict[tuple[str, torch.device, torch.dtype], Factors] = {}
+        self._dims = {layer.name: math.prod(ranks(layer, rank)) for layer in layers}
+        self._block_dim = sum(self._dims.values())
+        self.proj_dim = min(proj_dim, self._block_dim)
+        self._depth = math.ceil(self._block_dim / self.proj_dim)
+        padded_dim = self._depth * self.proj_dim
+        self._signs = random_signs(stream_key(seed, "kronecker", "fold signs"), 0, padded_dim, device)
+
+    def matrices(
+        self, layer: Layer
+    ) -> tuple[Float64[Tensor, "groups in_dim in_rank"], Float64[Tensor, "groups out_dim out_rank"]]:
+        """Return P_in and P_out of each group of a layer, multiplied out."""
+        factors, groups = self._drawn[layer.name].to(torch.device("cpu"), torch.float64), layer.groups
+        inner = factors.channels
+        if factors.patches is not None:
+            inner = factors.patches.view(groups, -1, *factors.patches.shape[1:])  # groups in_rank mixed height width
+            if factors.channels is not None:
+                inner = torch.einsum("grmhw,gmc->grchw", inner, factors.channels)
+        columns = [torch.as_tensor(inner).flatten(2)]
+        if factors.bias is not None:
+            columns.append(factors.bias.view(groups, -1, 1))
+        return torch.cat(columns, dim=2).transpose(1, 2), factors.out.transpose(1, 2)
+
+    def _at(self, layer: Layer, activations: Tensor) -> Factors:
+        """Return the factors of a layer where these activations are, in their dtype."""
+        key = (layer.name, activations.device, activations.dtype)
+        if key not in self._placed:
+            self._placed[key] = self._drawn[layer.name].to(activations.device, activations.dtype)
+        return self._placed[key]
+
+    def keep(self, layer: Layer, inputs: Tensor) -> Float[Tensor, "rows groups_rank *positions"]:
+        """Return P_in^T a; for a convolution, by convolving: no patches are written out."""
+        factors = self._at(layer, inputs)
+        if isinstance(layer.module, nn.Linear):
+            tokens = inputs.reshape(len(inputs), -1, inputs.shape[-1])
+            return F.linear(tokens, torch.as_tensor(factors.channels)[0], factors.bias).transpose(1, 2)
+        inputs, padding = padded(layer.module, inputs)
+        mixed = inputs if factors.channels is None else mix_channels(factors.channels, inputs)
+        if factors.patches is not None:
+            conv = layer.module
+            return F.conv2d(mixed, factors.patches, factors.bias, conv.stride, padding, conv.dilation, conv.groups)
+        return mixed if factors.bias is None else mixed + factors.bias.view(-1, 1, 1)
+
+    def block(self, layer: Layer, kept: Tensor, output_gradients: Tensor) -> Float[Tensor, "rows block"]:
+        """Return `sum over tokens and groups of (P_out^T d)(P_in^T a)^T`, flat, in float32 at least."""
+        out = self._at(layer, output_gradients).out
+        if isinstance(layer.module, nn.Linear):
+            tokens = output_gradients.reshape(len(kept), -1, layer.out_dim)
+            projected = F.linear(tokens, out[0]).transpose(1, 2)
+        else:
+            projected = mix_channels(out, output_gradients)
+        inner, outer = (rank_by_token(x, layer.groups) for x in (kept, projected))
+        return (outer @ inner.transpose(1, 2)).flatten(1)
+
+    def combine(self, blocks: Mapping[str, Tensor]) -> Float[Tensor, "rows proj_dim"]:
+        """Return the fold of all blocks; a layer that did not run counts as zero."""
+        first = next(iter(blocks.values()))
+        rows, unused = len(first), len(self._signs) - self._block_dim
+        flat = torch.cat(
+            [blocks.get(name, first.new_zeros(rows, dim)) for name, dim in self._dims.items()]
+            + [first.new_zeros(rows, unused)],
+            dim=1,
+        )
+        if self._depth == 1:
+            return flat
+        return (flat * self._signs).view(rows, self._depth, self.proj_dim).sum(1)
+
+
+def mix_channels(
+    matrices: Float[Tensor, "groups mixed channels"], pictures: Float[Tensor, "rows groups_channels h w"]
+) -> Float[Tensor, "rows groups_mixed h w"]:
+    """Return the product of each group's matrix with its channels at every position.
+
+    A broadcast matrix product is several times faster on a CPU than the same 1 x 1 convolution to so few channels.
+    """
+    rows, _, height, width = pictures.shape
+    grouped = pictures.reshape(rows, len(matrices), -1, height * width)
+    return torch.matmul(matrices, grouped).view(rows, -1, height, width)
+
+
+def rank_by_token(projected: Tensor, groups: int) -> Float[Tensor, "rows rank tokens"]:
+    """Return the tokens of all groups side by side, in float32 at least."""
+    tokens: Tensor = (
+        projected.reshape(len(projected), groups, projected.shape[1] // groups, -1).transpose(1, 2).flatten(2)
+    )
+    return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
