@@ -63,7 +63,14 @@ def _setting_option(name: str, hint: Any, default: Any, text: str) -> Callable[[
         return click.option(flag, type=click.Choice(choices), default=None, help=shown)
     if default == ():
         return click.option(flag, multiple=True, default=None, help=shown + " Can be given several times.")
+    if any(get_args(part) for part in get_args(hint)):  # a number, or a word that means one
+        return click.option(flag, type=_number_or_word, metavar="INTEGER|WORD", default=None, help=shown)
     return click.option(flag, type=int if int in (hint, *get_args(hint)) else str, default=None, help=shown)
+
+
+def _number_or_word(text: str) -> int | str:
+    """Return a number where `text` is one; words are for the settings to check."""
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
 
 
 def _attribute_texts(kind: type) -> dict[str, str]:

@@ -42,6 +42,11 @@ def check_at_least(name: str, value: int, least: int) -> None:
         raise ArgumentError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
 
 
+def _check_micro_batch(value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ArgumentError(f"`micro_batch` must be a whole number of at least 1, or auto, got {value!r}.")
+
+
 @dataclass(frozen=True)
 class EstimatorConfig:
     """Which gradient is estimated, and with which draws (`docs/method.md`, eq. (1) to (5)).
@@ -198,20 +203,32 @@ class ExecutionConfig:
 
     Attributes:
         batch_size: examples that are read and held at once, rounded up to fill network calls.
-        micro_batch: rows of every network call, always full; by default chosen from the size of the latents.
+        micro_batch: rows of every network call, always full; by default chosen from the size of the latents; auto: as
+            many as fit, measured when the index is begun.
         device: auto, cpu, cuda, cuda:1, mps.
         skip_bad: record unreadable images and go on, instead of stopping.
+        num_workers: threads that read and decode images ahead of the network; 0: none.
+        latent_cache: folder that keeps latents and conditions for other runs with the same encoder.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
+        channels_last: weights of convolutions with channels innermost: for some GPUs faster.
     """
 
     batch_size: int = 32
-    micro_batch: int | None = None
+    micro_batch: int | Literal["auto"] | None = None
     device: str = "auto"
     skip_bad: bool = False
+    num_workers: int = 2
+    latent_cache: str | None = None
+    gradient_checkpointing: bool = False
+    channels_last: bool = False
 
     def __post_init__(self) -> None:
         check_at_least("batch_size", self.batch_size, 1)
-        if self.micro_batch is not None:
-            check_at_least("micro_batch", self.micro_batch, 1)
+        check_at_least("num_workers", self.num_workers, 0)
+        if self.latent_cache == "":
+            raise ArgumentError("`latent_cache` must name a folder, got ''; leave it out to keep no latents.")
+        if self.micro_batch is not None and self.micro_batch != "auto":
+            _check_micro_batch(self.micro_batch)
 
     def examples_per_batch(self, examples_per_call: int) -> int:
         """Return `batch_size`, rounded up to fill network calls."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from carv_attrib.config import EstimatorConfig, FeaturizeConfig
 from carv_attrib.errors import DataError, NonFiniteGradientError, TeacherError
 from carv_attrib.gradient import full_calls, project_gradient, select_layers
 from carv_attrib.kernel import DEFAULT_DAMPING, decompose
+from carv_attrib.memory import RowLimit, less_memory
 from carv_attrib.projection import Layer, Projector, build_projector
 from carv_attrib.sampling import Draws, Proposal, importance_proposal, pair_size, sample_draws, uniform_proposal
 from carv_attrib.seeding import stream
@@ -77,6 +79,9 @@ class Estimator:
     proposal: Proposal
     weighting: Float[Tensor, " timesteps"]
     micro_batch: int
+    gradient_checkpointing: bool = False
+    channels_last: bool = False
+    row_limit: RowLimit = field(default_factory=RowLimit, compare=False)
 
     @property
     def examples_per_call(self) -> int:
@@ -128,7 +133,15 @@ class Estimator:
         return torch.stack(encodings, dim=1)
 
     def draws(self, ids: Sequence[int]) -> Draws:
-        """Return the R K draws of the examples with these ids; one row for all when noise is shared.
+        """Return the R K draws of the examples with these ids; one row for all, made once, when noise is shared."""
+        return self._shared_draws if self.config.noise == "shared" else self._sample_draws(ids)
+
+    @cached_property
+    def _shared_draws(self) -> Draws:
+        return self._sample_draws(None)
+
+    def _sample_draws(self, ids: Sequence[int] | None) -> Draws:
+        """Return R K draws for each id, or one row of them for all.
 
         Where products are taken draw by draw, all encodings have the same K draws, else each its own.
         """
@@ -142,7 +155,7 @@ class Estimator:
                 scheme=config.scheme,
                 seed=config.seed,
                 purpose="features" if r == 0 or config.every_draw_a_band else f"features of encoding {r}",
-                ids=ids if config.noise == "independent" else None,
+                ids=ids,
             )
             for r in range(config.num_encodings)
         ]
@@ -153,19 +166,33 @@ class Estimator:
         return Draws(**columns, band_sizes=per_encoding[0].band_sizes)
 
     def features(self, encoded: Encoded, draws: Draws) -> Float[Tensor, "batch draws proj_dim"]:
-        """Return the weighted, projected gradient of every draw, in float32 on the CPU."""
-        features = project_gradient(
-            self.teacher,
-            encoded.latents,
-            encoded.condition,
-            draws,
-            self.projector,
-            layers=self.layers,
-            micro_batch=self.micro_batch,
-            objective=self.config.objective,
-            weighting=self.weighting,
-        )
-        return features.float().cpu()
+        """Return the weighted, projected gradient of every draw, in float32 on the CPU.
+
+        Where memory runs out, network calls have fewer rows from there on, with a warning.
+
+        Raises:
+            TeacherError: if memory runs out at one row for each call.
+        """
+        return self.row_limit.run(lambda rows: self.project(encoded, draws, rows).float().cpu(), self.micro_batch)
+
+    def project(self, encoded: Encoded, draws: Draws, rows: int) -> Float[Tensor, "batch draws proj_dim"]:
+        """Return the weighted, projected gradient of every draw, from network calls of so many rows."""
+        with less_memory(
+            self.teacher.denoiser,
+            gradient_checkpointing=self.gradient_checkpointing,
+            channels_last=self.channels_last,
+        ):
+            return project_gradient(
+                self.teacher,
+                encoded.latents,
+                encoded.condition,
+                draws,
+                self.projector,
+                layers=self.layers,
+                micro_batch=rows,
+                objective=self.config.objective,
+                weighting=self.weighting,
+            )
 
     def draws_fingerprint(self) -> str:
         """Return the hex SHA-256 of the draws of example 0: the same wherever the random streams are the same."""
@@ -197,7 +224,17 @@ def build_estimator(
             proposal = importance_proposal(weighting * rms_norms)
         if config.estimator.proposal == "scores":
             proposal = importance_proposal(profile.products_at_every_timestep(num_timesteps))
-    return Estimator(teacher, config.estimator, layers, projector, proposal, weighting, micro_batch)
+    return Estimator(
+        teacher,
+        config.estimator,
+        layers,
+        projector,
+        proposal,
+        weighting,
+        micro_batch,
+        gradient_checkpointing=config.execution.gradient_checkpointing,
+        channels_last=config.execution.channels_last,
+    )
 
 
 def measure_profile(estimator: Estimator, encoded: Encoded, keys: Sequence[str]) -> GradientProfile:
@@ -223,16 +260,7 @@ def measure_profile(estimator: Estimator, encoded: Encoded, keys: Sequence[str])
         purpose="pilot",
         ids=range(len(encoded.latents)),
     )
-    features = project_gradient(
-        estimator.teacher,
-        encoded.latents,
-        encoded.condition,
-        draws,
-        estimator.projector,
-        layers=estimator.layers,
-        micro_batch=estimator.micro_batch,
-        objective=estimator.config.objective,
-    )
+    features = estimator.row_limit.run(lambda rows: estimator.project(encoded, draws, rows), estimator.micro_batch)
     check_finite(features, keys)
     squares = features.double().cpu().square().sum(-1).flatten()
     if not squares.any():

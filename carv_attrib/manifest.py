@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,18 @@ from carv_attrib.batches import Batch, encode_batch, read_batch
 from carv_attrib.config import FeaturizeConfig
 from carv_attrib.data import RESIZE_RULE, ExampleDataset
 from carv_attrib.errors import DataError, StoreMismatchError
-from carv_attrib.estimator import PILOT_EXAMPLES, Estimator, GradientProfile, build_estimator, measure_profile
+from carv_attrib.estimator import (
+    PILOT_EXAMPLES,
+    Encoded,
+    Estimator,
+    GradientProfile,
+    build_estimator,
+    measure_profile,
+)
+from carv_attrib.memory import call_budget, largest_that_fits, measure_call
 from carv_attrib.seeding import choose_positions, stream_key
 from carv_attrib.store import FeatureStore
-from carv_attrib.teacher import Teacher
+from carv_attrib.teacher import Teacher, placement
 
 
 def open_or_create(
@@ -43,7 +51,11 @@ def open_or_create(
     if (Path(output) / "manifest.json").is_file():
         store = FeatureStore.open(output)
         store.check_matches(identity)
-        return store, restore_estimator(teacher, store.manifest, config.execution.micro_batch)
+        return store, replace(
+            restore_estimator(teacher, store.manifest, _given_rows(config)),
+            gradient_checkpointing=config.execution.gradient_checkpointing,
+            channels_last=config.execution.channels_last,
+        )
     micro_batch = choose_micro_batch(teacher, config)
     profile = run_pilot(teacher, examples, config, micro_batch) if needs_pilot(config) else None
     estimator = build_estimator(teacher, config, micro_batch, profile)
@@ -132,12 +144,67 @@ def pilot_rows(examples: ExampleDataset, config: FeaturizeConfig, count: int) ->
 
 
 def choose_micro_batch(teacher: Teacher, config: FeaturizeConfig) -> int:
-    """Return the given rows of a network call, or 64 for 16 x 16 latents, in inverse proportion to their area.
+    """Return the given rows of a network call, those that fit, or 64 for 16 x 16 latents, in inverse ratio to area.
 
-    The latter from 1 to 256, and no more than a part of the dataset has draws.
+    The last from 1 to 256, and no more than a part of the dataset has draws.
+
+    Raises:
+        ArgumentError: if those that fit are asked for on a device whose memory cannot be measured.
     """
-    if config.execution.micro_batch is not None:
-        return config.execution.micro_batch
+    if config.execution.micro_batch == "auto":
+        return measure_micro_batch(teacher, config)
+    if given := _given_rows(config):
+        return given
     _, height, width = teacher.latent_shape
     rows_of_a_part = config.storage.part_size * config.estimator.draws_per_example
     return max(1, min(256, 64 * 256 // (height * width), rows_of_a_part))
+
+
+def settle_micro_batch(teacher: Teacher, config: FeaturizeConfig) -> FeaturizeConfig:
+    """Return the config with `micro_batch` auto measured, once, and put in its place.
+
+    Raises:
+        ArgumentError: for a device whose memory cannot be measured.
+    """
+    if config.execution.micro_batch != "auto":
+        return config
+    return replace(config, execution=replace(config.execution, micro_batch=measure_micro_batch(teacher, config)))
+
+
+def measure_micro_batch(teacher: Teacher, config: FeaturizeConfig) -> int:
+    """Return the most rows of a network call that fit in memory, with the encoding of as many examples; see `memory`.
+
+    Raises:
+        ArgumentError: for a device whose memory cannot be measured.
+    """
+    device, _ = placement(teacher)
+    estimator = build_estimator(teacher, config, 1, profile=None)
+    most = min(config.execution.batch_size, config.storage.part_size) * config.estimator.draws_per_example
+    return largest_that_fits(
+        lambda rows: measure_call(lambda: _one_call(replace(estimator, micro_batch=rows)), rows, device),
+        most,
+        call_budget(device),
+    )
+
+
+def _one_call(estimator: Estimator) -> None:
+    """Encode the blank examples of one full network call, and project their gradients at one draw."""
+    teacher, count = estimator.teacher, estimator.examples_per_call
+    spec = teacher.pixel_spec
+    encoded = estimator.encode(
+        torch.zeros(count, spec.channels, spec.height, spec.width),
+        [0] * count if teacher.condition_kind == "label" else None,
+        [""] * count if teacher.condition_kind == "prompt" else None,
+        range(count),
+    )
+    example = torch.arange(estimator.micro_batch) % count
+    draws = estimator.draws([0])
+    draw = replace(draws, timesteps=draws.timesteps[:, :1], noise=draws.noise[:, :1], weights=draws.weights[:, :1])
+    condition = {name: values[example.to(values.device)] for name, values in encoded.condition.items()}
+    latents = encoded.latents[example.to(encoded.latents.device), :1]
+    estimator.project(Encoded(latents, condition), draw, estimator.micro_batch)
+
+
+def _given_rows(config: FeaturizeConfig) -> int | None:
+    """Return `micro_batch` where it is a number."""
+    return None if config.execution.micro_batch == "auto" else config.execution.micro_batch

@@ -42,7 +42,10 @@ from carv_attrib.errors import ArgumentError
         ({"layers": "attn"}, r"`layers` must be a list of name patterns, got 'attn'"),
         ({"part_size": 0}, r"`part_size` must be a whole number of at least 1, got 0"),
         ({"feature_dtype": "int8"}, r"`feature_dtype` must be one of float16, float32, got 'int8'"),
-        ({"micro_batch": 0}, r"`micro_batch` must be a whole number of at least 1, got 0"),
+        ({"micro_batch": 0}, r"`micro_batch` must be a whole number of at least 1, or auto, got 0"),
+        ({"micro_batch": "64"}, r"`micro_batch` must be a whole number of at least 1, or auto, got '64'"),
+        ({"micro_batch": "most"}, r"`micro_batch` must be a whole number of at least 1, or auto, got 'most'"),
+        ({"micro_batch": True}, r"`micro_batch` must be a whole number of at least 1, or auto, got True"),
         ({"num_draw": 4}, r"unknown setting 'num_draw'; known are augmentation, batch_size, .*num_draws"),
     ],
 )
@@ -65,7 +68,16 @@ def test_identity_leaves_out_what_only_changes_speed_and_survives_json() -> None
     identity = FeaturizeConfig.from_flat({"batch_size": 3, "micro_batch": 7, "layers": ["a"]}).identity()
     assert identity == FeaturizeConfig.from_flat({"layers": ["a"]}).identity()
     assert identity["layers"] == ["a"]
-    assert set(setting_names()) - set(identity) == {"batch_size", "micro_batch", "device", "skip_bad"}
+    assert set(setting_names()) - set(identity) == {
+        "batch_size",
+        "micro_batch",
+        "device",
+        "skip_bad",
+        "num_workers",
+        "latent_cache",
+        "gradient_checkpointing",
+        "channels_last",
+    }
     assert FeaturizeConfig.from_flat(identity).identity() == identity
 
 

@@ -14,7 +14,7 @@ from carv_attrib.config import EstimatorConfig, FeaturizeConfig, ProposalKind, c
 from carv_attrib.data import ExampleDataset, open_dataset
 from carv_attrib.errors import ArgumentError, StoreMismatchError
 from carv_attrib.estimator import GradientProfile
-from carv_attrib.manifest import choose_micro_batch
+from carv_attrib.manifest import choose_micro_batch, settle_micro_batch
 from carv_attrib.planning.costs import CostModel, parse_budget
 from carv_attrib.planning.forecast import Candidate, jackknife_error
 from carv_attrib.planning.pilot import Choice, VarianceShares, num_evaluations, study
@@ -211,7 +211,7 @@ def make_plan(
 ) -> Plan:
     """Return the plan for a loaded teacher and an open dataset."""
     seconds = check_aims(budget, target_snr)
-    config = starting_config(settings)
+    config = settle_micro_batch(teacher, starting_config(settings))  # once: it is asked for at every split
     choices = possible_choices(config, settings)
     with progress("pilot", num_evaluations(config, choices)) as advance:
         found = study(teacher, examples, config, choices, advance)
