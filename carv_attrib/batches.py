@@ -89,7 +89,7 @@ def read_batch(examples: ExampleDataset, rows: Sequence[int], teacher: Teacher, 
     )
 
 
-def check_label(teacher: Teacher, example: Example) -> None:
+def check_label(teacher: Teacher, example: Example | Record) -> None:
     """Check that a class-conditional teacher has the class of an example.
 
     Raises:

@@ -5,7 +5,8 @@ image -> encode once -> many cheap (timestep, noise) draws -> per-example gradie
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,19 +16,21 @@ from jaxtyping import Int64
 from safetensors import SafetensorError
 from torch import Tensor
 
-from carv_attrib.batches import check_columns, choose_kernel_ids, encode_batch, read_batch
-from carv_attrib.config import ExecutionConfig, FeaturizeConfig, check_choice
-from carv_attrib.data import ExampleDataset, open_dataset
+from carv_attrib.batches import check_columns, choose_kernel_ids
+from carv_attrib.config import FeaturizeConfig, check_choice
+from carv_attrib.data import open_dataset
 from carv_attrib.errors import StoreError
 from carv_attrib.estimator import Estimator, average_bands, check_finite, kernel_vectors
 from carv_attrib.index import FeatureIndex, read_index_settings
 from carv_attrib.kernel import DEFAULT_DAMPING, KernelKind, ScoreKind, fit_kernel
+from carv_attrib.latents import EncodedBatch, LatentCache, encoded_parts
 from carv_attrib.manifest import open_or_create
 from carv_attrib.planning import PlanKind, check_plan, follow_plan, starting_config
 from carv_attrib.progress import progress
 from carv_attrib.store import FeatureStore, PartFeatures, Record, concatenate
 from carv_attrib.teacher import Teacher, loaded_placement
 from carv_attrib.teachers import load_teacher
+from carv_attrib.threads import in_background
 
 if TYPE_CHECKING:
     import datasets
@@ -59,6 +62,7 @@ def featurize(
         DataError: if the dataset cannot be read, or lacks what the teacher needs.
         BadImageError: for an unreadable image, unless `skip_bad`.
         StoreMismatchError: if `output` was made with other settings.
+        StoreError: if `output` or `latent_cache` cannot be written.
         NonFiniteGradientError: for a gradient with NaN or infinity, naming the example.
     """
     if not isinstance(teacher, str | Path):
@@ -74,34 +78,34 @@ def featurize(
         config = FeaturizeConfig.from_flat({**planned["settings"], **settings})
     store, estimator = open_or_create(teacher, examples, output, config, planned)
     kernel_ids = choose_kernel_ids(examples, config.estimator)
-    done = len(examples) - sum(len(store.part_rows(part)) for part in store.missing_parts())
+    folder = config.execution.latent_cache
+    cache = LatentCache.open(folder, estimator, examples, config.storage.part_size) if folder else None
     with store.writing():
-        with progress("featurize", len(examples), done) as advance:
-            for part in store.missing_parts():
-                rows = store.part_rows(part)
-                features, records = featurize_rows(estimator, examples, rows, kernel_ids, config.execution, advance)
-                store.write_part(part, features, records)
+        parts = {part: store.part_rows(part) for part in store.missing_parts()}
+        done = len(examples) - sum(map(len, parts.values()))
+        with (
+            progress("featurize", len(examples), done) as advance,
+            in_background(store.write_part) as write_part,
+            closing(encoded_parts(estimator, examples, parts, config.execution, cache)) as encoded,
+        ):
+            for part, batches in encoded:
+                write_part(part, *featurize_part(estimator, batches, kernel_ids, advance))
         ensure_index(store)
     return store
 
 
-def featurize_rows(
+def featurize_part(
     estimator: Estimator,
-    examples: ExampleDataset,
-    rows: range,
+    batches: Iterable[EncodedBatch],
     kernel_ids: Int64[Tensor, " kernel"],
-    execution: ExecutionConfig,
     advance: Callable[[int], None],
 ) -> tuple[PartFeatures | None, list[Record]]:
-    """Return the features and the records of some rows of a dataset."""
+    """Return the features and the records of the batches of one part."""
     pieces, records = [], []
-    step = execution.examples_per_batch(estimator.examples_per_call)
-    for start in range(0, len(rows), step):
-        batch = read_batch(examples, rows[start : start + step], estimator.teacher, skip_bad=execution.skip_bad)
-        if len(batch.ids):
-            encoded = encode_batch(estimator, batch)  # dear: once for each example
+    for batch in batches:  # read ahead by threads, and encoded once, or found in the cache
+        if batch.encoded is not None:
             draws = estimator.draws(batch.ids.tolist())
-            features = estimator.features(encoded, draws)  # cheap, many: (batch, draws, proj_dim)
+            features = estimator.features(batch.encoded, draws)  # cheap, many: (batch, draws, proj_dim)
             check_finite(features, batch.keys)
             bands = average_bands(features, draws, estimator.config)  # (batch, bands, replicates, proj_dim)
             keep = torch.isin(batch.ids, kernel_ids)

@@ -208,9 +208,9 @@ class FeatureStore:
             tensors[name], tensors[f"{name}_scale"] = _to_float16(values) if float16 else (values, torch.ones(()))
         tensors = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}  # unshared
         try:
-            _write_records(self.examples_path(part), records)
+            write_records(self.examples_path(part), records)
             with atomic_file(self.features_path(part)) as temporary:
-                save_file(tensors, temporary, metadata={"sha256": _digest(tensors)})
+                save_file(tensors, temporary, metadata={"sha256": tensor_digest(tensors)})
         except (OSError, SafetensorError) as err:
             raise StoreError(
                 f"part {part} cannot be written to {self.path}: {err}; mend that, and start again."
@@ -224,7 +224,7 @@ class FeatureStore:
         """
         with self._open_part(part) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            if _digest(tensors) != _checksum(file):
+            if tensor_digest(tensors) != _checksum(file):
                 raise StoreCorruptError(
                     f"{self.features_path(part)} is damaged: its checksum does not match; delete it, featurize again."
                 )
@@ -280,17 +280,7 @@ class FeatureStore:
         Raises:
             StoreCorruptError: if the file is damaged.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        path = self.examples_path(part)
-        try:
-            rows = pq.read_table(path, page_checksum_verification=True).to_pylist()
-            return [Record(**row) for row in rows]
-        except (OSError, pa.ArrowException, TypeError) as err:
-            raise StoreCorruptError(
-                f"{path} is damaged: {' '.join(str(err).split())}; delete it and featurize again."
-            ) from err
+        return read_records(self.examples_path(part))
 
     def find_records(self, ids: Sequence[int]) -> dict[int, Record]:
         """Return the records of the examples with the given ids.
@@ -380,12 +370,12 @@ def _to_float16(values: Float[Tensor, "*shape dim"]) -> tuple[Tensor, Float[Tens
     return (values / scale).half(), scale.float()
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
     """Return the hex SHA-256 of the names and bytes of tensors, in the order of their names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].numpy().tobytes())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().tobytes())  # numpy has no bfloat16
     return digest.hexdigest()
 
 
@@ -394,7 +384,8 @@ def _checksum(file: Any) -> str | None:
     return (file.metadata() or {}).get("sha256")
 
 
-def _write_records(path: Path, records: Sequence[Record]) -> None:
+def write_records(path: Path, records: Sequence[Record]) -> None:
+    """Write a file of records, whole or not at all."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -411,6 +402,24 @@ def _write_records(path: Path, records: Sequence[Record]) -> None:
     table = pa.Table.from_pylist([vars(record) for record in records], schema=schema)
     with atomic_file(path) as temporary:
         pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+
+
+def read_records(path: Path) -> list[Record]:
+    """Return the records of a file.
+
+    Raises:
+        StoreCorruptError: if the file is damaged.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows = pq.read_table(path, page_checksum_verification=True).to_pylist()
+        return [Record(**row) for row in rows]
+    except (OSError, pa.ArrowException, TypeError) as err:
+        raise StoreCorruptError(
+            f"{path} is damaged: {' '.join(str(err).split())}; delete it and featurize again."
+        ) from err
 
 
 def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

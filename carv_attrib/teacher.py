@@ -26,6 +26,8 @@ class Teacher(Protocol):
     Attributes:
         source: the path or hub id it was loaded from.
         fingerprint: hex SHA-256 of its weights and configs.
+        encoder_fingerprint: hex SHA-256 of what `encode` and `condition` depend on, and of nothing else: the same
+            for two checkpoints of a denoiser.
         pixel_spec: the pictures it takes.
         latent_shape: (channels, height, width) of one latent.
         noise_schedule: its forward process and prediction type.
@@ -36,6 +38,7 @@ class Teacher(Protocol):
 
     source: str
     fingerprint: str
+    encoder_fingerprint: str
     pixel_spec: PixelSpec
     latent_shape: tuple[int, int, int]
     noise_schedule: NoiseSchedule

@@ -210,6 +210,7 @@ class TinyTeacher:
     pixel_spec: PixelSpec = field(default_factory=lambda: PixelSpec(2, 2, 1))
     source: str = "tiny"
     fingerprint: str = "0" * 64
+    encoder_fingerprint: str = "1" * 64
     condition_kind: ConditionKind = "none"
     num_classes: int = 0
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from carv_attrib.errors import (
     BadImageError,
     DataError,
     NonFiniteGradientError,
+    StoreError,
     StoreMismatchError,
     TeacherError,
 )
@@ -38,6 +40,7 @@ from carv_attrib.estimator import (
     kernel_vectors,
     measure_profile,
 )
+from carv_attrib.sampling import sample_draws
 from carv_attrib.store import FeatureStore
 from tests.conftest import SETTINGS
 
@@ -70,6 +73,14 @@ def test_features_are_the_same_bits_for_any_batch_size(
     tmp_path: Path, dit_folder: Path, digits_folder: Path, tiny_index: Path, batch_size: int
 ) -> None:
     featurize(dit_folder, digits_folder, tmp_path / "index", **SETTINGS, batch_size=batch_size)
+    assert file_digests(tmp_path / "index") == file_digests(tiny_index)
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_features_are_the_same_bits_for_any_number_of_workers(
+    tmp_path: Path, dit_folder: Path, digits_folder: Path, tiny_index: Path, num_workers: int
+) -> None:
+    featurize(dit_folder, digits_folder, tmp_path / "index", **SETTINGS, batch_size=1, num_workers=num_workers)
     assert file_digests(tmp_path / "index") == file_digests(tiny_index)
 
 
@@ -253,14 +264,99 @@ def broken_digits(digits_folder: Path, tmp_path: Path) -> tuple[Path, str]:
     return folder, str(victim.relative_to(folder))
 
 
+@pytest.mark.parametrize("num_workers", [0, 3])
 def test_a_bad_image_stops_the_run_and_nothing_that_was_done_is_lost(
-    tmp_path: Path, dit_folder: Path, digits_folder: Path, tiny_index: Path
+    tmp_path: Path, dit_folder: Path, digits_folder: Path, num_workers: int
 ) -> None:
     folder, victim = broken_digits(digits_folder, tmp_path)
     settings = SETTINGS | {"weighting": "uniform"}  # no pilot: the first part is done before the bad image is met
+    before = set(threading.enumerate())
     with pytest.raises(BadImageError, match=victim):
-        featurize(dit_folder, folder, tmp_path / "index", **settings)
+        featurize(dit_folder, folder, tmp_path / "index", **settings, num_workers=num_workers)
     assert FeatureStore.open(tmp_path / "index").missing_parts() == [1, 2]
+    assert set(threading.enumerate()) <= before
+
+
+def test_a_failed_write_stops_the_run_before_the_next_part_is_written_and_a_resume_ends_with_the_same_bytes(
+    tmp_path: Path, dit_folder: Path, digits_folder: Path, tiny_index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index, write_part = tmp_path / "index", FeatureStore.write_part
+    attempts = []
+
+    def full_at_the_second(self: FeatureStore, part: int, *arguments: Any) -> None:
+        attempts.append(part)
+        if part == 1:
+            raise StoreError("part 1 cannot be written: No space left on device")
+        write_part(self, part, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureStore, "write_part", full_at_the_second)
+        with pytest.raises(StoreError, match="part 1 cannot be written: No space left on device"):
+            featurize(dit_folder, digits_folder, index, **SETTINGS)
+    assert attempts == [0, 1]
+    assert FeatureStore.open(index).missing_parts() == [1, 2]
+    featurize(dit_folder, digits_folder, index, **SETTINGS)
+    assert file_digests(index) == file_digests(tiny_index)
+
+
+def test_a_failed_write_of_the_last_part_leaves_no_index(
+    tmp_path: Path, dit_folder: Path, digits_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_part = FeatureStore.write_part
+
+    def slow_then_full(self: FeatureStore, part: int, *arguments: Any) -> None:
+        if part < 2:
+            return write_part(self, part, *arguments)
+        time.sleep(0.3)  # longer than an index takes: it must not be built meanwhile
+        raise StoreError("part 2 cannot be written: No space left on device")
+
+    monkeypatch.setattr(FeatureStore, "write_part", slow_then_full)
+    with pytest.raises(StoreError, match="part 2 cannot be written: No space left on device"):
+        featurize(dit_folder, digits_folder, tmp_path / "index", **SETTINGS)
+    assert not (tmp_path / "index" / "index.json").exists()
+    assert not (tmp_path / "index" / "index.faiss").exists()
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_an_interrupt_finishes_the_part_that_is_being_written_and_ends_all_threads(
+    tmp_path: Path, dit_folder: Path, digits_folder: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    write_part, calls = FeatureStore.write_part, []
+
+    def slow(self: FeatureStore, part: int, *arguments: Any) -> None:
+        time.sleep(0.2)
+        write_part(self, part, *arguments)
+
+    def interrupted(features: torch.Tensor, keys: list[str]) -> None:
+        calls.append(keys)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(FeatureStore, "write_part", slow)
+    monkeypatch.setattr("carv_attrib.pipeline.check_finite", interrupted)
+    before = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt):
+        featurize(dit_folder, digits_folder, tmp_path / "index", **SETTINGS, num_workers=num_workers)
+    assert set(threading.enumerate()) <= before
+    assert FeatureStore.open(tmp_path / "index").missing_parts() == [1, 2]
+
+
+def test_shared_draws_are_made_once_for_a_run_and_independent_ones_for_each_batch(
+    tmp_path: Path, dit_folder: Path, digits_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def spy(*arguments: Any, **keywords: Any) -> Any:
+        made.append(keywords["ids"])
+        return sample_draws(*arguments, **keywords)
+
+    monkeypatch.setattr("carv_attrib.estimator.sample_draws", spy)
+    settings = SETTINGS | {"weighting": "uniform", "batch_size": 4}
+    featurize(dit_folder, digits_folder, tmp_path / "shared", **settings)
+    assert made == [None]
+    made.clear()
+    featurize(dit_folder, digits_folder, tmp_path / "independent", **settings, noise="independent")
+    assert [len(ids) for ids in made] == [1, 4, 4, 4, 4, 4]  # the first is the manifest's fingerprint
 
 
 def test_skip_bad_records_the_image_and_goes_on(

@@ -142,7 +142,7 @@ def test_features_are_not_written_before_their_records(store: FeatureStore, monk
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("carv_attrib.store._write_records", full)
+    monkeypatch.setattr("carv_attrib.store.write_records", full)
     with pytest.raises(StoreError, match="No space left on device"):
         store.write_part(0, part_of([0, 1, 2, 3], 5), records_of([0, 1, 2, 3]))
     assert not store.features_path(0).exists()

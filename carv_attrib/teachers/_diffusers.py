@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class DiffusersTeacher:
     denoiser: nn.Module
     autoencoder: Any = None
     text_encoder: TextEncoder | None = None
+    encoder_fingerprint: str = ""
 
     def encode(
         self, pixels: Float[Tensor, "batch channels height width"], noise: Float[Tensor, "batch c h w"] | None = None
@@ -132,8 +134,18 @@ def latent_pixels(autoencoder: Any, sample_size: int) -> PixelSpec:
 
 def fingerprint(folder: Path, components: Sequence[str]) -> str:
     """Return the hex SHA-256 of the scheduler's and the components' files: configs, safetensors and merges."""
+    return _digest_files(folder, ["scheduler", *components])
+
+
+def encoder_fingerprint(folder: Path, components: Sequence[str], pixel_spec: PixelSpec) -> str:
+    """Return the hex SHA-256 of the pixels and of the files of the components that encode them and their prompts."""
+    content = json.dumps([_digest_files(folder, components), asdict(pixel_spec)])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _digest_files(folder: Path, components: Sequence[str]) -> str:
     digest = hashlib.sha256()
-    files = [path for name in ("scheduler", *components) for path in (folder / name).iterdir()]
+    files = [path for name in components for path in (folder / name).iterdir()]
     for path in sorted(path for path in files if path.suffix in (".json", ".safetensors", ".txt")):
         digest.update(path.relative_to(folder).as_posix().encode())
         with path.open("rb") as file:

@@ -7,7 +7,14 @@ from pathlib import Path
 import torch
 
 from carv_attrib.data import PixelSpec
-from carv_attrib.teachers._diffusers import DiffusersTeacher, fingerprint, freeze, load_module, schedule_of
+from carv_attrib.teachers._diffusers import (
+    DiffusersTeacher,
+    encoder_fingerprint,
+    fingerprint,
+    freeze,
+    load_module,
+    schedule_of,
+)
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 
@@ -21,10 +28,12 @@ def load(folder: Path, source: str, device: torch.device, dtype: torch.dtype) ->
     freeze(unet, device=device, dtype=dtype)
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
+    pixels = PixelSpec(height, width, unet.config.in_channels)
     return DiffusersTeacher(
         source=source,
         fingerprint=fingerprint(folder, ["unet"]),
-        pixel_spec=PixelSpec(height, width, unet.config.in_channels),
+        encoder_fingerprint=encoder_fingerprint(folder, [], pixels),
+        pixel_spec=pixels,
         latent_shape=(unet.config.in_channels, height, width),
         noise_schedule=schedule_of(pipeline.scheduler),
         condition_kind="label" if unet.config.num_class_embeds else "none",

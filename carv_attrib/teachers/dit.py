@@ -8,6 +8,7 @@ import torch
 
 from carv_attrib.teachers._diffusers import (
     DiffusersTeacher,
+    encoder_fingerprint,
     fingerprint,
     freeze,
     latent_pixels,
@@ -27,10 +28,12 @@ def load(folder: Path, source: str, device: torch.device, dtype: torch.dtype) ->
     pipeline = DiTPipeline.from_pretrained(folder, transformer=transformer, vae=vae)
     freeze(transformer, vae, device=device, dtype=dtype)
     size = transformer.config.sample_size
+    pixels = latent_pixels(vae, size)
     return DiffusersTeacher(
         source=source,
         fingerprint=fingerprint(folder, ["transformer", "vae"]),
-        pixel_spec=latent_pixels(vae, size),
+        encoder_fingerprint=encoder_fingerprint(folder, ["vae"], pixels),
+        pixel_spec=pixels,
         latent_shape=(transformer.config.in_channels, size, size),
         noise_schedule=schedule_of(pipeline.scheduler),
         condition_kind="label",

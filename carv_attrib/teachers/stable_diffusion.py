@@ -9,6 +9,7 @@ import torch
 from carv_attrib.teachers._diffusers import (
     DiffusersTeacher,
     TextEncoder,
+    encoder_fingerprint,
     fingerprint,
     freeze,
     latent_pixels,
@@ -39,10 +40,12 @@ def load(folder: Path, source: str, device: torch.device, dtype: torch.dtype) ->
     )
     freeze(unet, vae, text_model, device=device, dtype=dtype)
     size = unet.config.sample_size
+    pixels = latent_pixels(vae, size)
     return DiffusersTeacher(
         source=source,
         fingerprint=fingerprint(folder, ["unet", "vae", "text_encoder", "tokenizer"]),
-        pixel_spec=latent_pixels(vae, size),
+        encoder_fingerprint=encoder_fingerprint(folder, ["vae", "text_encoder", "tokenizer"], pixels),
+        pixel_spec=pixels,
         latent_shape=(unet.config.in_channels, size, size),
         noise_schedule=schedule_of(pipeline.scheduler),
         condition_kind="prompt",
