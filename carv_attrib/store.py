@@ -26,7 +26,7 @@ from torch import Tensor
 
 from carv_attrib.errors import StoreCorruptError, StoreError, StoreMismatchError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 import sys
 import tempfile
 import threading
@@ -59,15 +58,15 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 
 from carv_attrib import featurize, load_teacher
 from carv_attrib.config import FeaturizeConfig
 from carv_attrib.data import PixelSpec
-from carv_attrib.data.sources import _open_digits
+from carv_attrib.data.sources import open_digits
 from carv_attrib.estimator import Encoded, Estimator, build_estimator
 from carv_attrib.gradient import row_objective, select_layers
 from carv_attrib.manifest import choose_micro_batch
+from carv_attrib.memory import peak_bytes
 from carv_attrib.projection import DenseProjector, Layer
 from carv_attrib.teacher import Teacher, placement
 from carv_attrib.teachers._diffusers import DiffusersTeacher, freeze, schedule_of
@@ -436,24 +435,6 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def peak_bytes(work: Callable[[], object], device: str = "cpu") -> int:
-    """Return the largest number of bytes in live tensors during `work`, over those that were there before."""
-    if device == "cuda":
-        synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it says that it starts, and that it stops
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    recorded = profiler.profiler.kineto_results.events()
-    memory = sorted((event.start_ns(), event.nbytes()) for event in recorded if event.name() == "[memory]")
-    live = np.cumsum([0] + [size for _, size in memory])
-    return int(live.max())
-
-
 @dataclass(frozen=True)
 class Method:
     """Something that is timed.
@@ -675,7 +656,7 @@ def measure(methods: Sequence[Method], repetitions: int, device: str, *, warm_up
         }
     for method in methods:
         work = method.one_call
-        peak = None if work is None else peak_bytes(work, device)
+        peak = None if work is None else peak_bytes(work, torch.device(device))
         rows[method.name] |= {"num_evaluations": method.num_evaluations, "peak_bytes": peak}
     return rows | ({"speedups": speedups(times)} if "vmap + BasicProjector" in times else {})
 
@@ -700,7 +681,7 @@ def run_featurize(teacher: Teacher, examples: Any, num_draws: int) -> float:
 
 def measure_growth(sizes: Sequence[int], draws: Sequence[int]) -> dict[str, Any]:
     """Return the seconds of `featurize` over examples and draws, measured in a random order, and the fit."""
-    teacher, digits = load_teacher("demo"), _open_digits()
+    teacher, digits = load_teacher("demo"), open_digits()
     run_featurize(teacher, digits.select(range(sizes[0])), draws[0])  # not counted: imports, threads
     points = [(size, count) for size in sizes for count in draws]
     order = np.random.default_rng(0).permutation(len(points))
@@ -821,7 +802,7 @@ def find_function(path: str) -> tuple[str, Callable[..., Any], list[Any]]:
 
 def measure_stages(num_examples: int | None, num_draws: int, repetitions: int) -> dict[str, Any]:
     """Return seconds and shares of each stage of `featurize`, medians over repetitions, and its ratio to training."""
-    teacher, digits = load_teacher("demo"), _open_digits()
+    teacher, digits = load_teacher("demo"), open_digits()
     digits = digits if num_examples is None else digits.select(range(num_examples))
     run_featurize(teacher, digits.select(range(128)), num_draws)  # not counted: imports, threads
     setting = Setting(teacher, num_draws, EVALUATIONS["demo"])

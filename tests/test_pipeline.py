@@ -178,7 +178,7 @@ def random_index(tmp_path_factory: pytest.TempPathFactory, dit_folder: Path, dig
 def test_random_encodings_change_no_shape_but_that_of_the_kernels_draws(random_index: Path, tiny_index: Path) -> None:
     store, plain = FeatureStore.open(random_index), FeatureStore.open(tiny_index)
     assert (store.manifest["draws_per_example"], plain.manifest["draws_per_example"]) == (8, 4)
-    assert store.manifest["format_version"] == 2
+    assert store.manifest["format_version"] == 3
     assert store.read_part(0).features.shape == plain.read_part(0).features.shape == (8, 2, 2, 48)
     assert sum(len(store.read_part(part).kernel_ids) for part in store.parts) == 12
     for part in store.parts:

@@ -92,7 +92,7 @@ def _open_splits(source: str | Path | datasets.Dataset) -> tuple[dict[str, datas
         got = "an empty text" if isinstance(source, str) else f"a {type(source).__name__}"
         raise ArgumentError(f"`dataset` must be a path, a name or a `datasets.Dataset`, got {got}; {_SOURCES}.")
     if source == "digits":
-        return {"train": _open_digits()}, "digits", None
+        return {"train": open_digits()}, "digits", None
     path, name = Path(source).absolute(), printable(str(source))
     if path.is_dir():
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
@@ -157,7 +157,7 @@ def _open_parquet(path: Path, name: str) -> dict[str, datasets.Dataset]:
     return _load(datasets.load_dataset, "parquet", data_files=glob.escape(str(path)), name=name)
 
 
-def _open_digits() -> datasets.Dataset:
+def open_digits() -> datasets.Dataset:
     """scikit-learn's 1797 handwritten digits, 8 x 8, as uncompressed PGM: the same bytes with every zlib."""
     import datasets
 

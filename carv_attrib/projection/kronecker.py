@@ -63,19 +63,19 @@ class Factors:
 def draw_factors(layer: Layer, rank: int, seed: int) -> Factors:
     """Return the random matrices of a layer, in float32 on the CPU.
 
-    `P_in` of a convolution is a product: signs that mix its channels to twice the rank, then signs over patches of
-    the mixture. Most of the work is then one narrow matrix product, and the accuracy is that of independent entries
+    `P_in` of a convolution is a product: signs that mix its channels to `r_in`, then signs over patches of the
+    mixture. Most of the work is then one narrow matrix product, and the accuracy is that of independent entries
     (`scripts/bench_projection.py`).
     """
 
     def matrices(side: str, rows: int, columns: int) -> Float[Tensor, "groups columns rows"]:
         keys = [stream_key(seed, "kronecker", layer.name, side, g) for g in range(layer.groups)]
-        return torch.stack([random_matrix(key, rows, columns).T for key in keys])
+        return torch.stack([random_matrix(key, rows, columns) for key in keys]).mT  # in memory as the products like it
 
     r_in, r_out = ranks(layer, rank)
     in_channels, *kernel_size = layer.module.weight.shape[1:]
     positions = math.prod(kernel_size)
-    mixed = min(in_channels, 2 * r_in) if positions > 1 else in_channels
+    mixed = min(in_channels, r_in) if positions > 1 else in_channels
     inner = matrices("in", mixed * positions + layer.has_bias, r_in)
     weights, bias = inner[..., : mixed * positions], inner[..., -1].flatten() if layer.has_bias else None
     out = matrices("out", layer.out_dim, r_out)
