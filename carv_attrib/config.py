@@ -185,16 +185,20 @@ class StorageConfig:
         part_size: examples in one part, the unit that is committed at once and lost by a kill.
         feature_dtype: of stored features; float16 has a float32 scale for each vector.
         dtype: of the teacher's weights and activations.
+        autocast: matrix products of the denoiser in bfloat16, all else in `dtype`, which must be float32.
     """
 
     part_size: int = 128
     feature_dtype: FeatureDtype = "float16"
     dtype: TeacherDtype = "float32"
+    autocast: bool = False
 
     def __post_init__(self) -> None:
         check_at_least("part_size", self.part_size, 1)
         check_choice("feature_dtype", self.feature_dtype, FeatureDtype)
         check_choice("dtype", self.dtype, TeacherDtype)
+        if self.autocast and self.dtype != "float32":
+            raise ArgumentError(f"`autocast` needs `dtype` float32, got {self.dtype}; leave one of them out.")
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,7 @@ class Estimator:
     proposal: Proposal
     weighting: Float[Tensor, " timesteps"]
     micro_batch: int
+    autocast: bool = False
     gradient_checkpointing: bool = False
     channels_last: bool = False
     row_limit: RowLimit = field(default_factory=RowLimit, compare=False)
@@ -192,6 +193,7 @@ class Estimator:
                 micro_batch=rows,
                 objective=self.config.objective,
                 weighting=self.weighting,
+                autocast=self.autocast,
             )
 
     def draws_fingerprint(self) -> str:
@@ -232,6 +234,7 @@ def build_estimator(
         proposal,
         weighting,
         micro_batch,
+        autocast=config.storage.autocast,
         gradient_checkpointing=config.execution.gradient_checkpointing,
         channels_last=config.execution.channels_last,
     )

@@ -54,6 +54,7 @@ def project_gradient(
     micro_batch: int,
     objective: Objective = "loss",
     weighting: Float[Tensor, " timesteps"] | None = None,
+    autocast: bool = False,
 ) -> Float[Tensor, "batch draws proj_dim"]:
     """Return `P^T [p/q * omega * grad l]` for every draw of every example: its mean over draws is eq. (2).
 
@@ -70,6 +71,7 @@ def project_gradient(
         micro_batch: rows of a network call.
         objective: l.
         weighting: omega(t) for each timestep; None is one.
+        autocast: whether the denoiser's matrix products are in bfloat16.
     """
     batch, num_draws = len(latents), draws.timesteps.shape[1]
     draws = draws if len(draws.timesteps) == batch else draws.expand(batch)
@@ -90,6 +92,7 @@ def project_gradient(
                 projector,
                 layers,
                 objective,
+                autocast,
             )
         )
     return torch.cat(features)[: batch * num_draws].view(batch, num_draws, -1)
@@ -111,6 +114,7 @@ def _project_rows(
     projector: Projector,
     layers: Sequence[Layer],
     objective: Objective,
+    autocast: bool,
 ) -> Float[Tensor, "rows proj_dim"]:
     """Return the weighted, projected gradient of each row of one network call.
 
@@ -123,7 +127,8 @@ def _project_rows(
     loss_scale = FLOAT16_LOSS_SCALE if dtype == torch.float16 else 1.0
     blocks: dict[str, Tensor] = {}
     with torch.enable_grad(), _gradient_hooks(layers, projector, blocks, len(latents)):
-        model_output = teacher.predict(noisy_latents, timesteps, condition)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            model_output = teacher.predict(noisy_latents, timesteps, condition)
         target = teacher.noise_schedule.target(latents, noise, timesteps)
         losses = row_objective(objective, model_output, target)
         if losses.requires_grad:

@@ -136,3 +136,10 @@ def test_every_example_config_is_valid(file: Path) -> None:
     settings = read_config_file(file)
     assert {settings.pop("teacher"), settings.pop("dataset"), settings.pop("output")}
     FeaturizeConfig.from_flat(settings)
+
+
+def test_autocast_is_for_float32_weights() -> None:
+    message = "`autocast` needs `dtype` float32, got bfloat16; leave one of them out"
+    with pytest.raises(ArgumentError, match=message):
+        FeaturizeConfig.from_flat({"autocast": True, "dtype": "bfloat16"})
+    assert FeaturizeConfig.from_flat({"autocast": True}).identity()["autocast"] is True

@@ -269,6 +269,20 @@ def test_bfloat16_features_point_the_same_way(
     assert float(cosines.min()) > 0.98
 
 
+@pytest.mark.parametrize("family", KINDS_OF_DENOISER)
+def test_autocast_features_point_the_same_way(
+    cases: Callable[[str], Case], family: str, request: pytest.FixtureRequest
+) -> None:
+    exact = cases(family)
+    single = load_case(request.getfixturevalue(family), dtype="float32")
+    features = single.features(single.projector(), autocast=True)
+    assert features.dtype == torch.float32
+    expected = exact.features(exact.projector())
+    error = (features.double() - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+    assert 1e-4 < float(error.min())  # float32 comes nearer
+    assert float(error.max()) < 0.1
+
+
 def test_layer_patterns_choose_by_name(cases: Callable[[str], Case]) -> None:
     denoiser = cases("ddpm_folder").teacher.denoiser
     names = [layer.name for layer in select_layers(denoiser, ["*to_q", "conv_in"])]

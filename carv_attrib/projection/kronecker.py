@@ -139,8 +139,7 @@ class KroneckerProjector:
         """Return P_in^T a; for a convolution, by convolving: no patches are written out."""
         factors = self._at(layer, inputs)
         if isinstance(layer.module, nn.Linear):
-            tokens = inputs.reshape(len(inputs), -1, inputs.shape[-1])
-            return F.linear(tokens, torch.as_tensor(factors.channels)[0], factors.bias).transpose(1, 2)
+            return project_tokens(inputs, torch.as_tensor(factors.channels)[0], factors.bias)
         inputs, padding = padded(layer.module, inputs)
         mixed = inputs if factors.channels is None else mix_channels(factors.channels, inputs)
         if factors.patches is not None:
@@ -152,8 +151,7 @@ class KroneckerProjector:
         """Return `sum over tokens and groups of (P_out^T d)(P_in^T a)^T`, flat, in float32 at least."""
         out = self._at(layer, output_gradients).out
         if isinstance(layer.module, nn.Linear):
-            tokens = output_gradients.reshape(len(kept), -1, layer.out_dim)
-            projected = F.linear(tokens, out[0]).transpose(1, 2)
+            projected = project_tokens(output_gradients, out[0])
         else:
             projected = mix_channels(out, output_gradients)
         inner, outer = (rank_by_token(x, layer.groups) for x in (kept, projected))
@@ -171,6 +169,16 @@ class KroneckerProjector:
         if self._depth == 1:
             return flat
         return (flat * self._signs).view(rows, self._depth, self.proj_dim).sum(1)
+
+
+def project_tokens(
+    inputs: Float[Tensor, "rows *tokens features"],
+    matrix: Float[Tensor, "rank features"],
+    bias: Float[Tensor, " rank"] | None = None,
+) -> Float[Tensor, "rows rank tokens"]:
+    """Return the product of a matrix with every token, by one matrix product for all rows."""
+    tokens = F.linear(inputs.reshape(-1, inputs.shape[-1]), matrix, bias)
+    return tokens.view(len(inputs), -1, len(matrix)).transpose(1, 2)
 
 
 def mix_channels(
