@@ -182,7 +182,7 @@ class StorageConfig:
     """How features are kept.
 
     Attributes:
-        part_size: examples in one part, the unit that is committed at once and lost by a kill.
+        part_size: examples in one part, the unit that is committed at once; a kill loses two at most.
         feature_dtype: of stored features; float16 has a float32 scale for each vector.
         dtype: of the teacher's weights and activations.
         autocast: matrix products of the denoiser in bfloat16, all else in `dtype`, which must be float32.

@@ -666,7 +666,7 @@ def speedups(times: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
     ours = [name for name in times if name.startswith("ours") and not name.endswith("alone")]
     pairs = [(peer, name) for peer in times if peer.startswith("vmap +") for name in ours]
     pairs += [(peer, "ours dense alone") for peer in times if peer.endswith("Projector alone")]
-    return {f"{name} against {peer}": quartiles(times[peer] / times[name]) for peer, name in pairs}
+    return {f"{name} against {peer}": quartiles(times[peer] / times[name]) for peer, name in pairs if name in times}
 
 
 # Parts three and four: the whole of `featurize`

@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.table import Table
 
 from carv_attrib import Attributor, featurize, load_teacher
-from carv_attrib.data.sources import _open_digits
+from carv_attrib.data.sources import open_digits
 from carv_attrib.demo import generate
 from carv_attrib.estimator import Encoded
 from carv_attrib.pipeline import build_index
@@ -168,7 +168,7 @@ def total_bytes(folder: Path) -> int:
 
 def measure(num_examples: int | None, num_queries: int, repetitions: int, times: Sequence[int]) -> dict[str, Any]:
     """Make an index and return all that is measured on it."""
-    teacher, digits = load_teacher("demo"), _open_digits()
+    teacher, digits = load_teacher("demo"), open_digits()
     digits = digits if num_examples is None else digits.select(range(num_examples))
     labels = [i % 10 for i in range(num_queries)]
     images = generate(labels)
