@@ -46,7 +46,7 @@ from carv_attrib.errors import ArgumentError
         ({"micro_batch": "64"}, r"`micro_batch` must be a whole number of at least 1, or auto, got '64'"),
         ({"micro_batch": "most"}, r"`micro_batch` must be a whole number of at least 1, or auto, got 'most'"),
         ({"micro_batch": True}, r"`micro_batch` must be a whole number of at least 1, or auto, got True"),
-        ({"num_draw": 4}, r"unknown setting 'num_draw'; known are augmentation, batch_size, .*num_draws"),
+        ({"num_draw": 4}, r"unknown setting 'num_draw'; known are augmentation, autocast, batch_size, .*num_draws"),
     ],
 )
 @pytest.mark.usefixtures("as_users_run_it")
