@@ -7,7 +7,6 @@ only; a cosine needs an index of its own, of vectors of length one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from carv_attrib.errors import StoreCorruptError, StoreError
 from carv_attrib.kernel import Kernel, KernelKind, ScoreKind
-from carv_attrib.store import FeatureStore, atomic_file
+from carv_attrib.store import FeatureStore, atomic_file, file_digest
 
 FILES = ("kernel.safetensors", "index.faiss")
 """Files that belong to an index, besides `index.json`, which is written last and has their checksums."""
@@ -103,7 +102,7 @@ class FeatureIndex:
         self._kernel.save(folder / "kernel.safetensors")
         with atomic_file(folder / "index.faiss") as temporary:
             faiss.write_index(self._faiss, str(temporary))
-        settings = asdict(self.settings) | {"sha256": {name: _file_digest(folder / name) for name in FILES}}
+        settings = asdict(self.settings) | {"sha256": {name: file_digest(folder / name) for name in FILES}}
         with atomic_file(folder / "index.json") as temporary:
             temporary.write_text(json.dumps(settings, indent=1) + "\n")
 
@@ -148,15 +147,10 @@ def read_index_settings(store: FeatureStore) -> IndexSettings:
         expected = content.pop("sha256")
         settings = IndexSettings(**content)
         for name in FILES:
-            if _file_digest(store.path / name) != expected[name]:
+            if file_digest(store.path / name) != expected[name]:
                 raise StoreCorruptError(f"{store.path / name} is damaged: its checksum does not match; {way_out}.")
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise StoreCorruptError(f"{path} is damaged: {err}; {way_out}.") from err
     if settings.features_sha256 != store.digest():
         raise StoreError(f"the index in {store.path} is of other features; {way_out}.")
     return settings
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

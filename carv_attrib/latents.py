@@ -27,7 +27,7 @@ from carv_attrib.config import ExecutionConfig
 from carv_attrib.data import RESIZE_RULE, ExampleDataset
 from carv_attrib.errors import ArgumentError, BadImageError, StoreCorruptError, StoreError
 from carv_attrib.estimator import Encoded, Estimator
-from carv_attrib.store import Record, atomic_file, read_records, tensor_digest, write_records
+from carv_attrib.store import Record, atomic_file, file_digest, read_records, tensor_digest, write_records
 from carv_attrib.teacher import Teacher, placement
 from carv_attrib.threads import in_background, in_order
 
@@ -201,7 +201,7 @@ class LatentCache:
         tensors = _joined([batch.encoded for batch in batches if batch.encoded is not None])
         try:
             write_records(self.records_path(part), [record for batch in batches for record in batch.records])
-            checksums = {"sha256": tensor_digest(tensors), "records_sha256": _file_digest(self.records_path(part))}
+            checksums = {"sha256": tensor_digest(tensors), "records_sha256": file_digest(self.records_path(part))}
             with atomic_file(self.latents_path(part)) as temporary:
                 save_file(tensors, temporary, metadata=checksums)
         except (OSError, SafetensorError) as err:
@@ -220,7 +220,7 @@ class LatentCache:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
                 checksums = file.metadata() or {}
-            digests = {path: tensor_digest(tensors), records_path: _file_digest(records_path)}
+            digests = {path: tensor_digest(tensors), records_path: file_digest(records_path)}
         except (OSError, SafetensorError) as err:
             raise StoreCorruptError(f"{path} is damaged: {err}; delete it, and run this again.") from err
         for (damaged, digest), name in zip(digests.items(), ("sha256", "records_sha256"), strict=True):
@@ -262,8 +262,3 @@ def _joined(pieces: Sequence[Encoded]) -> dict[str, Tensor]:
     for name in pieces[0].condition:
         tensors[CONDITION + name] = torch.cat([piece.condition[name] for piece in pieces])
     return {name: values.cpu().contiguous() for name, values in tensors.items()}
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

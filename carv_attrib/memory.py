@@ -276,9 +276,6 @@ def _channels_last_weights(denoiser: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for (
-            weight,
-            stride,
-        ) in strides:  # exact strides: those of 1 x 1 kernels choose an algorithm, and so the last bits
+        for weight, stride in strides:  # exactly: strides of 1 x 1 kernels choose an algorithm, and so the last bits
             plain = torch.empty_strided(weight.shape, stride, dtype=weight.dtype, device=weight.device)
             weight.data = plain.copy_(weight.data)

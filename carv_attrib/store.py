@@ -379,6 +379,12 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def file_digest(path: Path) -> str:
+    """Return the hex SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _checksum(file: Any) -> str | None:
     """Return the checksum that an open features file has in its header."""
     return (file.metadata() or {}).get("sha256")

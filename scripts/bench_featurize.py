@@ -308,14 +308,9 @@ def flatten(layers: Sequence[Layer], gradients: Mapping[str, Tensor]) -> Tensor:
     for layer in layers:
         weight = gradients[f"{layer.name}.weight"].flatten(2)
         bias = gradients.get(f"{layer.name}.bias")
-        weight = weight.flatten(2) if bias is None else torch.cat([weight, bias.unsqueeze(-1)], dim=2)
+        weight = weight if bias is None else torch.cat([weight, bias.unsqueeze(-1)], dim=2)
         columns.append(weight.flatten(1))
     return torch.cat(columns, dim=1)
-
-
-def num_weights(layer: Layer) -> int:
-    """Return the number of attributed weights of a layer."""
-    return layer.groups * layer.out_dim * layer.in_dim
 
 
 def project_densely(projector: DenseProjector, gradients: Sequence[tuple[Layer, Tensor]]) -> Tensor:
@@ -384,7 +379,7 @@ class LoGra:
                 device,
             )
         self.dims = sum(block.shape[1] for block in self.run([call.first(2)]))
-        weights = {layer.name: num_weights(layer) for layer in select_layers(teacher.denoiser)}
+        weights = {layer.name: layer.num_weights for layer in select_layers(teacher.denoiser)}
         self.share = sum(weights[name] for name in self._names) / sum(weights.values())
 
     def run(self, calls: Sequence[Call]) -> list[Tensor]:
@@ -547,14 +542,17 @@ def our_method(name: str, setting: Setting, *, one_call_only: bool = False, **se
 def peer_rows(setting: Setting) -> int:
     """Return the rows of a network call whose gradients fit into memory, at most a micro-batch."""
     layers = select_layers(setting.teacher.denoiser)
-    size = placement(setting.teacher)[1].itemsize * sum(map(num_weights, layers))
+    size = placement(setting.teacher)[1].itemsize * sum(layer.num_weights for layer in layers)
     return min(len(setting.calls[0].timesteps), max(1, GRADIENT_BYTES // size))
 
 
 def vmap_method(setting: Setting) -> Method:
     """Return per-example gradients by vmap, of one call."""
     rows = peer_rows(setting)
-    call, dims = setting.calls[0].first(rows), sum(map(num_weights, select_layers(setting.teacher.denoiser)))
+    call, dims = (
+        setting.calls[0].first(rows),
+        sum(layer.num_weights for layer in select_layers(setting.teacher.denoiser)),
+    )
 
     def run() -> None:
         vmap_gradients(setting.teacher, call)
@@ -624,7 +622,7 @@ def projection_methods(setting: Setting, max_entries: float, max_dense_entries: 
 
 def dense_methods(setting: Setting, layers: Sequence[Layer], gradients: Tensor) -> list[Method]:
     """Return our dense projection, whole, and alone on gradients that lie as `weight_gradient` leaves them."""
-    pieces = gradients.split([num_weights(layer) for layer in layers], dim=1)
+    pieces = gradients.split([layer.num_weights for layer in layers], dim=1)
     pairs = [(layer, piece.contiguous()) for layer, piece in zip(layers, pieces, strict=True)]
     projector = DenseProjector("rademacher", PEER_DIM, 0)
     return [

@@ -29,14 +29,15 @@ from torch import Tensor
 
 from carv_attrib import load_teacher
 from carv_attrib.batches import encode_batch, read_batch
-from carv_attrib.config import FeaturizeConfig
+from carv_attrib.config import EstimatorConfig, FeaturizeConfig
 from carv_attrib.data import open_dataset
-from carv_attrib.estimator import Encoded, Estimator, build_estimator
-from carv_attrib.kernel import DEFAULT_DAMPING, decompose
+from carv_attrib.estimator import Encoded, Estimator, average_bands, build_estimator, kernel_vectors
+from carv_attrib.kernel import DEFAULT_DAMPING, decompose, similarity
 from carv_attrib.manifest import run_pilot
+from carv_attrib.sampling import Draws
 from carv_attrib.variance import mean_and_error
 
-NUM_TRAIN, NUM_QUERIES, NUM_BANDS = 200, 40, 4
+NUM_TRAIN, NUM_QUERIES = 200, 40
 REFERENCE = "float64"
 SETTINGS: dict[str, dict[str, Any]] = {
     REFERENCE: {"dtype": "float64"},
@@ -61,14 +62,13 @@ def prepare(name: str, settings: dict[str, Any], profile: Any) -> tuple[Estimato
     return estimator, encode_batch(estimator, read_batch(examples, order, teacher, skip_bad=False))
 
 
-def scores(features: Tensor) -> Tensor:
-    """Return preconditioned scores (queries, train), kernel over the draws of the training digits, four bands."""
-    train, queries = features[:-NUM_QUERIES].double(), features[-NUM_QUERIES:].double()
-    vectors = train.flatten(0, 1)
+def scores(features: Tensor, draws: Draws, config: EstimatorConfig) -> Tensor:
+    """Return preconditioned scores (queries, train), kernel over the draws of the training digits."""
+    vectors = kernel_vectors(features[:-NUM_QUERIES], draws).double().flatten(0, 1)
     kernel = decompose(vectors.T @ vectors, len(vectors))
-    inverse = kernel.inverse("preconditioned", DEFAULT_DAMPING).sqrt()
-    sides = [(x @ kernel.eigenvectors * inverse).unflatten(1, (NUM_BANDS, -1)).mean(2) for x in (queries, train)]
-    return torch.einsum("qbd,nbd->qn", *sides) / NUM_BANDS
+    bands = kernel.banded(average_bands(features, draws, config))
+    inverse = kernel.inverse("preconditioned", DEFAULT_DAMPING)
+    return similarity(bands[-NUM_QUERIES:], bands[:-NUM_QUERIES], inverse)[0]
 
 
 def measure_teacher(name: str, repetitions: int) -> list[dict[str, Any]]:
@@ -76,7 +76,8 @@ def measure_teacher(name: str, repetitions: int) -> list[dict[str, Any]]:
     pilot = FeaturizeConfig.from_flat({})
     profile = run_pilot(load_teacher(name, device="cpu"), open_dataset("digits"), pilot, 64)
     prepared = {label: prepare(name, settings, profile) for label, settings in SETTINGS.items()}
-    draws = prepared[REFERENCE][0].draws([0])
+    reference = prepared[REFERENCE][0]
+    draws, config = reference.draws([0]), reference.config
     features: dict[str, Tensor] = {}
     seconds: dict[str, list[float]] = {label: [] for label in prepared}
     for _ in range(repetitions + 1):
@@ -84,12 +85,12 @@ def measure_teacher(name: str, repetitions: int) -> list[dict[str, Any]]:
             started = time.perf_counter()
             features[label] = estimator.features(encoded, draws)
             seconds[label].append(time.perf_counter() - started)
-    exact, exact_scores = features[REFERENCE].double().flatten(1), scores(features[REFERENCE])
+    exact, exact_scores = features[REFERENCE].double().flatten(1), scores(features[REFERENCE], draws, config)
     rows = []
     for label in SETTINGS:
         errors = (features[label].double().flatten(1) - exact).norm(dim=1) / exact.norm(dim=1)
-        pairs = zip(scores(features[label]), exact_scores, strict=True)
-        agreement = mean_and_error([spearmanr(ours, reference).statistic for ours, reference in pairs])
+        pairs = zip(scores(features[label], draws, config), exact_scores, strict=True)
+        agreement = mean_and_error([spearmanr(ours, exact_row).statistic for ours, exact_row in pairs])
         error = mean_and_error(errors.tolist())
         ratios = np.array(seconds[label][1:]) / np.array(seconds["float32"][1:])
         rows.append(

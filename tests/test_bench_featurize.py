@@ -48,7 +48,7 @@ def test_all_methods_differentiate_the_same(setting: Setting) -> None:
     teacher, layers = setting.teacher, select_layers(setting.teacher.denoiser)
     estimator = setting.estimator(projection="rademacher", proj_dim=16)
     gradients = bench_featurize.flatten(layers, bench_featurize.vmap_gradients(teacher, setting.calls[0]))
-    pieces = gradients.split([bench_featurize.num_weights(layer) for layer in layers], dim=1)
+    pieces = gradients.split([layer.num_weights for layer in layers], dim=1)
     pairs = list(zip(layers, pieces, strict=True))
     projected = bench_featurize.project_densely(DenseProjector("rademacher", 16, 0), pairs)
     ours = estimator.features(setting.encoded, estimator.draws([0])).flatten(0, 1)

@@ -42,22 +42,20 @@ class Factors:
 
     Attributes:
         channels: mixes the input channels of each group; None: they stay as they are.
-        patches: weight of the convolution that follows, `r_in` outputs for each group; None: there is none.
+        inner: weight of the layer that follows, of the same kind, with `r_in` outputs for each group.
         bias: what the input that stands for the bias adds; None for a layer without.
         out: P_out^T of each group.
     """
 
     channels: Float[Tensor, "groups mixed channels"] | None
-    patches: Float[Tensor, "groups_rank mixed height width"] | None
+    inner: Float[Tensor, "groups_rank mixed *kernel"]
     bias: Float[Tensor, " groups_rank"] | None
     out: Float[Tensor, "groups out_rank out_dim"]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Factors:
         """Return the factors on a device, in a dtype."""
-        channels, patches, bias = (
-            None if x is None else x.to(device, dtype) for x in (self.channels, self.patches, self.bias)
-        )
-        return Factors(channels, patches, bias, self.out.to(device, dtype))
+        channels, bias = (None if x is None else x.to(device, dtype) for x in (self.channels, self.bias))
+        return Factors(channels, self.inner.to(device, dtype), bias, self.out.to(device, dtype))
 
 
 def draw_factors(layer: Layer, rank: int, seed: int) -> Factors:
@@ -78,18 +76,15 @@ def draw_factors(layer: Layer, rank: int, seed: int) -> Factors:
     mixed = min(in_channels, r_in) if positions > 1 else in_channels
     inner = matrices("in", mixed * positions + layer.has_bias, r_in)
     weights, bias = inner[..., : mixed * positions], inner[..., -1].flatten() if layer.has_bias else None
-    out = matrices("out", layer.out_dim, r_out)
-    if not slides(layer.module):
-        return Factors(weights, None, bias, out)
     channels = matrices("channels", in_channels, mixed) if mixed < in_channels else None
+    out = matrices("out", layer.out_dim, r_out)
     return Factors(channels, weights.reshape(-1, mixed, *kernel_size), bias, out)
 
 
-def slides(module: nn.Linear | nn.Conv2d) -> bool:
+def slides(conv: nn.Conv2d) -> bool:
     """Return whether an output position sees more, or others, than the input at that position."""
-    if isinstance(module, nn.Linear):
-        return False
-    return {*module.kernel_size, *module.stride} != {1} or set(module.padding) not in ({0}, set("same"), set("valid"))
+    pads = not isinstance(conv.padding, str) and any(conv.padding)
+    return pads or any(size != 1 for size in (*conv.kernel_size, *conv.stride))
 
 
 class KroneckerProjector:
@@ -118,12 +113,11 @@ class KroneckerProjector:
     ) -> tuple[Float64[Tensor, "groups in_dim in_rank"], Float64[Tensor, "groups out_dim out_rank"]]:
         """Return P_in and P_out of each group of a layer, multiplied out."""
         factors, groups = self._drawn[layer.name].to(torch.device("cpu"), torch.float64), layer.groups
-        inner = factors.channels
-        if factors.patches is not None:
-            inner = factors.patches.view(groups, -1, *factors.patches.shape[1:])  # groups in_rank mixed height width
-            if factors.channels is not None:
-                inner = torch.einsum("grmhw,gmc->grchw", inner, factors.channels)
-        columns = [torch.as_tensor(inner).flatten(2)]
+        rows, mixed = factors.inner.shape[:2]
+        inner = factors.inner.reshape(groups, rows // groups, mixed, -1)  # groups in_rank mixed positions
+        if factors.channels is not None:
+            inner = torch.einsum("grmk,gmc->grck", inner, factors.channels)
+        columns = [inner.flatten(2)]
         if factors.bias is not None:
             columns.append(factors.bias.view(groups, -1, 1))
         return torch.cat(columns, dim=2).transpose(1, 2), factors.out.transpose(1, 2)
@@ -139,13 +133,14 @@ class KroneckerProjector:
         """Return P_in^T a; for a convolution, by convolving: no patches are written out."""
         factors = self._at(layer, inputs)
         if isinstance(layer.module, nn.Linear):
-            return project_tokens(inputs, torch.as_tensor(factors.channels)[0], factors.bias)
-        inputs, padding = padded(layer.module, inputs)
+            return project_tokens(inputs, factors.inner, factors.bias)
+        conv = layer.module
+        if not slides(conv):
+            projected = mix_channels(factors.inner.view(conv.groups, -1, factors.inner.shape[1]), inputs)
+            return projected if factors.bias is None else projected + factors.bias.view(-1, 1, 1)
+        inputs, padding = padded(conv, inputs)
         mixed = inputs if factors.channels is None else mix_channels(factors.channels, inputs)
-        if factors.patches is not None:
-            conv = layer.module
-            return F.conv2d(mixed, factors.patches, factors.bias, conv.stride, padding, conv.dilation, conv.groups)
-        return mixed if factors.bias is None else mixed + factors.bias.view(-1, 1, 1)
+        return F.conv2d(mixed, factors.inner, factors.bias, conv.stride, padding, conv.dilation, conv.groups)
 
     def block(self, layer: Layer, kept: Tensor, output_gradients: Tensor) -> Float[Tensor, "rows block"]:
         """Return `sum over tokens and groups of (P_out^T d)(P_in^T a)^T`, flat, in float32 at least."""

@@ -37,6 +37,11 @@ class Layer:
         return self.module.weight[0].numel() + self.has_bias
 
     @property
+    def num_weights(self) -> int:
+        """Weights of the layer, the bias included."""
+        return self.groups * self.out_dim * self.in_dim
+
+    @property
     def has_bias(self) -> bool:
         """Whether there is a bias."""
         return self.module.bias is not None

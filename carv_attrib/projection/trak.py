@@ -35,9 +35,8 @@ class TrakProjector:
         self.proj_dim = proj_dim
         self._projectors = {}
         for layer in layers:
-            grad_dim = layer.groups * layer.out_dim * layer.in_dim
             layer_seed = stream_key(seed, "trak", layer.name) % 2**31
-            arguments = (grad_dim, proj_dim, layer_seed, ProjectionType.rademacher, torch.device(device))
+            arguments = (layer.num_weights, proj_dim, layer_seed, ProjectionType.rademacher, torch.device(device))
             if kind == "trak-basic":
                 self._projectors[layer.name] = BasicProjector(
                     *arguments, dtype=torch.promote_types(dtype, torch.float32)
