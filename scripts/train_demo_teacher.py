@@ -118,8 +118,17 @@ def denoising_loss(model, latents: Tensor, condition: tuple, alphas_cumprod: Ten
     return F.mse_loss(model(noisy, timesteps, *condition).sample, noise)
 
 
-def train_denoiser(model, latents: Tensor, condition: tuple, num_steps: int, generator: torch.Generator):
-    """Fit a denoiser with AdamW and return its exponential moving average (decay 0.999).
+def train_denoiser(
+    model,
+    latents: Tensor,
+    condition: tuple,
+    num_steps: int,
+    generator: torch.Generator,
+    *,
+    batch_size: int = 128,
+    decay: float = 0.999,
+):
+    """Fit a denoiser with AdamW and return the exponential moving average of its weights.
 
     `condition` holds further arguments of the model, one row for each example: labels, or nothing.
     """
@@ -127,7 +136,7 @@ def train_denoiser(model, latents: Tensor, condition: tuple, num_steps: int, gen
     average = copy.deepcopy(model).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, betas=(0.9, 0.99))
     running = 0.0
-    for step, batch in enumerate(minibatches(len(latents), 128, num_steps, generator)):
+    for step, batch in enumerate(minibatches(len(latents), batch_size, num_steps, generator)):
         optimizer.param_groups[0]["lr"] = learning_rate(step, num_steps, 1e-3)
         loss = denoising_loss(model, latents[batch], tuple(c[batch] for c in condition), alphas_cumprod, generator)
         optimizer.zero_grad()
@@ -135,7 +144,7 @@ def train_denoiser(model, latents: Tensor, condition: tuple, num_steps: int, gen
         optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(
-                list(average.parameters()), list(model.parameters()), 1 - min(0.999, step / (step + 10))
+                list(average.parameters()), list(model.parameters()), 1 - min(decay, step / (step + 10))
             )
         running += loss.item()
         if (step + 1) % 500 == 0:
