@@ -6,7 +6,7 @@ import inspect as introspection
 import json
 import re
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -238,6 +238,40 @@ def verify(index: Path) -> None:
     if problems:
         raise click.exceptions.Exit(1)
     click.echo(f"{index}: no problems found")
+
+
+@main.group()
+def evaluate() -> None:
+    """Compare the scores of an index with what is known to be true."""
+
+
+@evaluate.command()
+@INDEX
+@click.option("--ground-truth", type=click.Path(path_type=Path), required=True, help="npz of retrained models' losses.")
+@AS_INDEXED
+@click.option("--teacher", help="Where the teacher lies now, if it was moved.")
+@click.option("--device", default="auto", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def lds(index: Path, ground_truth: Path, teacher: str | None, device: str, as_json: bool, **choice: Any) -> None:
+    """Correlate the scores of INDEX with the losses of models that were retrained on subsets: the LDS."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from carv_attrib.attributor import Attributor
+    from carv_attrib.evaluation import GroundTruth
+    from carv_attrib.evaluation import lds as correlate
+
+    _quiet_libraries()
+    truth = GroundTruth.load(ground_truth)
+    scores = truth.scores(Attributor.open(index, teacher=teacher, device=device), **choice)
+    result = correlate(truth, {"LDS": scores})
+    if as_json:
+        click.echo(json.dumps({kind: {row: asdict(x) for row, x in rows.items()} for kind, rows in result.items()}))
+        return
+    table = Table("queries", *next(iter(result.values())), title=f"{len(truth.masks)} subsets, mean ± standard error")
+    for kind, rows in result.items():
+        table.add_row(kind, *(f"{x.value:.3f} ± {x.standard_error:.3f}" for x in rows.values()))
+    Console().print(table)
 
 
 @main.command()

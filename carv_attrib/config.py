@@ -234,6 +234,11 @@ class ExecutionConfig:
         if self.micro_batch is not None and self.micro_batch != "auto":
             _check_micro_batch(self.micro_batch)
 
+    @property
+    def memory_savers(self) -> dict[str, bool]:
+        """The settings that `memory.less_memory` takes."""
+        return {"gradient_checkpointing": self.gradient_checkpointing, "channels_last": self.channels_last}
+
     def examples_per_batch(self, examples_per_call: int) -> int:
         """Return `batch_size`, rounded up to fill network calls."""
         return examples_per_call * math.ceil(self.batch_size / examples_per_call)

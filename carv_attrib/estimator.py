@@ -17,7 +17,7 @@ from carv_attrib.config import EstimatorConfig, FeaturizeConfig
 from carv_attrib.errors import DataError, NonFiniteGradientError, TeacherError
 from carv_attrib.gradient import full_calls, project_gradient, select_layers
 from carv_attrib.kernel import DEFAULT_DAMPING, decompose
-from carv_attrib.memory import RowLimit, less_memory
+from carv_attrib.memory import RowLimit
 from carv_attrib.projection import Layer, Projector, build_projector
 from carv_attrib.sampling import Draws, Proposal, importance_proposal, pair_size, sample_draws, uniform_proposal
 from carv_attrib.seeding import stream
@@ -80,8 +80,6 @@ class Estimator:
     weighting: Float[Tensor, " timesteps"]
     micro_batch: int
     autocast: bool = False
-    gradient_checkpointing: bool = False
-    channels_last: bool = False
     row_limit: RowLimit = field(default_factory=RowLimit, compare=False)
 
     @property
@@ -178,23 +176,18 @@ class Estimator:
 
     def project(self, encoded: Encoded, draws: Draws, rows: int) -> Float[Tensor, "batch draws proj_dim"]:
         """Return the weighted, projected gradient of every draw, from network calls of so many rows."""
-        with less_memory(
-            self.teacher.denoiser,
-            gradient_checkpointing=self.gradient_checkpointing,
-            channels_last=self.channels_last,
-        ):
-            return project_gradient(
-                self.teacher,
-                encoded.latents,
-                encoded.condition,
-                draws,
-                self.projector,
-                layers=self.layers,
-                micro_batch=rows,
-                objective=self.config.objective,
-                weighting=self.weighting,
-                autocast=self.autocast,
-            )
+        return project_gradient(
+            self.teacher,
+            encoded.latents,
+            encoded.condition,
+            draws,
+            self.projector,
+            layers=self.layers,
+            micro_batch=rows,
+            objective=self.config.objective,
+            weighting=self.weighting,
+            autocast=self.autocast,
+        )
 
     def draws_fingerprint(self) -> str:
         """Return the hex SHA-256 of the draws of example 0: the same wherever the random streams are the same."""
@@ -235,8 +228,6 @@ def build_estimator(
         weighting,
         micro_batch,
         autocast=config.storage.autocast,
-        gradient_checkpointing=config.execution.gradient_checkpointing,
-        channels_last=config.execution.channels_last,
     )
 
 

@@ -21,7 +21,7 @@ from carv_attrib.kernel import Kernel, KernelKind, ScoreKind
 from carv_attrib.store import FeatureStore, atomic_file, file_digest
 
 FILES = ("kernel.safetensors", "index.faiss")
-"""Files that belong to an index, besides `index.json`, which is written last and has their checksums."""
+"""Files that belong to an index, besides `index.json`, which is written last and has their sizes and checksums."""
 
 
 @dataclass(frozen=True)
@@ -96,19 +96,21 @@ class FeatureIndex:
         return positions
 
     def save(self, folder: Path) -> None:
-        """Write the kernel, `index.faiss` and then `index.json`, with their checksums, to the folder of a store."""
+        """Write the kernel, `index.faiss` and, with their sizes and checksums, `index.json` to a store's folder."""
         import faiss
 
         self._kernel.save(folder / "kernel.safetensors")
         with atomic_file(folder / "index.faiss") as temporary:
             faiss.write_index(self._faiss, str(temporary))
-        settings = asdict(self.settings) | {"sha256": {name: file_digest(folder / name) for name in FILES}}
+        sizes = {name: (folder / name).stat().st_size for name in FILES}
+        checksums = {name: file_digest(folder / name) for name in FILES}
+        settings = asdict(self.settings) | {"bytes": sizes, "sha256": checksums}
         with atomic_file(folder / "index.json") as temporary:
             temporary.write_text(json.dumps(settings, indent=1) + "\n")
 
     @staticmethod
     def load(store: FeatureStore, kernel: Kernel) -> FeatureIndex:
-        """Return the index in a store's folder, whose checksum was compared before FAISS reads it.
+        """Return the index in a store's folder, memory-mapped, after its size was compared.
 
         Raises:
             StoreError: if there is none, or it is not of this store.
@@ -118,7 +120,7 @@ class FeatureIndex:
         path = store.path / "index.faiss"
         import faiss
 
-        faiss_index = faiss.read_index(str(path))
+        faiss_index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
         return FeatureIndex(settings, kernel, faiss_index)
 
     def _whiten(self, features: Float64[Tensor, "train bands replicates d"]) -> Float32[np.ndarray, "train dims"]:
@@ -131,8 +133,11 @@ class FeatureIndex:
         return whitened
 
 
-def read_index_settings(store: FeatureStore) -> IndexSettings:
-    """Return what the index in a store's folder was built for, after checking that it is whole and of this store.
+def read_index_settings(store: FeatureStore, *, read_all: bool = False) -> IndexSettings:
+    """Return what the index in a store's folder was built for, after checking that it is there and of this store.
+
+    Compared are the sizes of its files, and the kernel's checksum; with `read_all` also that of `index.faiss`, which
+    is as large as the features.
 
     Raises:
         StoreError: if there is none, or it is of other features.
@@ -144,11 +149,14 @@ def read_index_settings(store: FeatureStore) -> IndexSettings:
         raise StoreError(f"{store.path} has no index yet; {way_out}.")
     try:
         content = json.loads(path.read_text())
-        expected = content.pop("sha256")
+        sizes, checksums = content.pop("bytes"), content.pop("sha256")
         settings = IndexSettings(**content)
         for name in FILES:
-            if file_digest(store.path / name) != expected[name]:
-                raise StoreCorruptError(f"{store.path / name} is damaged: its checksum does not match; {way_out}.")
+            file = store.path / name
+            if (size := file.stat().st_size) != sizes[name]:
+                raise StoreCorruptError(f"{file} is damaged: it has {size} bytes instead of {sizes[name]}; {way_out}.")
+            if (read_all or name != "index.faiss") and file_digest(file) != checksums[name]:
+                raise StoreCorruptError(f"{file} is damaged: its checksum does not match; {way_out}.")
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise StoreCorruptError(f"{path} is damaged: {err}; {way_out}.") from err
     if settings.features_sha256 != store.digest():

@@ -55,7 +55,10 @@ def verify(path: str | Path) -> list[str]:
     """
     store = FeatureStore.open(path)
     problems = store.verify()
-    for check in (lambda: load_kernel(store.path / "kernel.safetensors"), lambda: read_index_settings(store)):
+    for check in (
+        lambda: load_kernel(store.path / "kernel.safetensors"),
+        lambda: read_index_settings(store, read_all=True),
+    ):
         try:
             check()
         except CarvError as err:

@@ -51,11 +51,7 @@ def open_or_create(
     if (Path(output) / "manifest.json").is_file():
         store = FeatureStore.open(output)
         store.check_matches(identity)
-        return store, replace(
-            restore_estimator(teacher, store.manifest, _given_rows(config)),
-            gradient_checkpointing=config.execution.gradient_checkpointing,
-            channels_last=config.execution.channels_last,
-        )
+        return store, restore_estimator(teacher, store.manifest, _given_rows(config))
     micro_batch = choose_micro_batch(teacher, config)
     profile = run_pilot(teacher, examples, config, micro_batch) if needs_pilot(config) else None
     estimator = build_estimator(teacher, config, micro_batch, profile)

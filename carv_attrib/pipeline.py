@@ -17,14 +17,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from carv_attrib.batches import check_columns, choose_kernel_ids
-from carv_attrib.config import FeaturizeConfig, check_choice
-from carv_attrib.data import open_dataset
+from carv_attrib.config import ExecutionConfig, FeaturizeConfig, check_choice
+from carv_attrib.data import ExampleDataset, open_dataset
 from carv_attrib.errors import StoreError
 from carv_attrib.estimator import Estimator, average_bands, check_finite, kernel_vectors
 from carv_attrib.index import FeatureIndex, read_index_settings
 from carv_attrib.kernel import DEFAULT_DAMPING, KernelKind, ScoreKind, fit_kernel
 from carv_attrib.latents import EncodedBatch, LatentCache, encoded_parts
 from carv_attrib.manifest import open_or_create
+from carv_attrib.memory import less_memory
 from carv_attrib.planning import PlanKind, check_plan, follow_plan, starting_config
 from carv_attrib.progress import progress
 from carv_attrib.store import FeatureStore, PartFeatures, Record, concatenate
@@ -73,25 +74,33 @@ def featurize(
         teacher = load_teacher(teacher, device=config.execution.device, dtype=config.storage.dtype)
     examples = open_dataset(dataset, **asdict(config.data))
     check_columns(teacher, examples)
-    planned = follow_plan(teacher, examples, output, settings, budget, target_snr) if plan else None
-    if planned:
-        config = FeaturizeConfig.from_flat({**planned["settings"], **settings})
-    store, estimator = open_or_create(teacher, examples, output, config, planned)
-    kernel_ids = choose_kernel_ids(examples, config.estimator)
-    folder = config.execution.latent_cache
-    cache = LatentCache.open(folder, estimator, examples, config.storage.part_size) if folder else None
-    with store.writing():
-        parts = {part: store.part_rows(part) for part in store.missing_parts()}
-        done = len(examples) - sum(map(len, parts.values()))
-        with (
-            progress("featurize", len(examples), done) as advance,
-            in_background(store.write_part) as write_part,
-            closing(encoded_parts(estimator, examples, parts, config.execution, cache)) as encoded,
-        ):
-            for part, batches in encoded:
-                write_part(part, *featurize_part(estimator, batches, kernel_ids, advance))
-        ensure_index(store)
+    with less_memory(teacher.denoiser, **config.execution.memory_savers):
+        planned = follow_plan(teacher, examples, output, settings, budget, target_snr) if plan else None
+        if planned:
+            config = FeaturizeConfig.from_flat({**planned["settings"], **settings})
+        store, estimator = open_or_create(teacher, examples, output, config, planned)
+        with store.writing():
+            write_parts(store, estimator, examples, config.execution)
+            ensure_index(store)
     return store
+
+
+def write_parts(
+    store: FeatureStore, estimator: Estimator, examples: ExampleDataset, execution: ExecutionConfig
+) -> None:
+    """Compute and write every part that is missing."""
+    kernel_ids = choose_kernel_ids(examples, estimator.config)
+    folder, part_size = execution.latent_cache, store.manifest["config"]["part_size"]
+    cache = LatentCache.open(folder, estimator, examples, part_size) if folder else None
+    parts = {part: store.part_rows(part) for part in store.missing_parts()}
+    done = len(examples) - sum(map(len, parts.values()))
+    with (
+        progress("featurize", len(examples), done) as advance,
+        in_background(store.write_part) as write_part,
+        closing(encoded_parts(estimator, examples, parts, execution, cache)) as encoded,
+    ):
+        for part, batches in encoded:
+            write_part(part, *featurize_part(estimator, batches, kernel_ids, advance))
 
 
 def featurize_part(
@@ -119,7 +128,7 @@ def featurize_part(
 def ensure_index(store: FeatureStore) -> None:
     """Build the index unless there is a whole one of these features, whatever the score it was built for."""
     try:
-        read_index_settings(store)
+        read_index_settings(store, read_all=True)
     except StoreError:
         build_index(store)
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from machine import describe_machine
+from benchmark import describe_machine
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table

@@ -37,7 +37,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import sys
 import tempfile
 import threading
@@ -51,8 +50,8 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from benchmark import Results, quartiles
 from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
-from machine import describe_machine
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -466,11 +465,6 @@ def take_turns(methods: Sequence[Method], repetitions: int, *, warm_up: bool = T
     return {name: np.array(values) for name, values in times.items()}
 
 
-def quartiles(values: np.ndarray) -> list[float]:
-    """Return the quartiles, the median in the middle."""
-    return np.quantile(values, QUARTILES).tolist()
-
-
 # Cells of the first two parts
 
 
@@ -843,39 +837,6 @@ def split_stages(clock: StageClock, total: float, floor_share: float) -> dict[st
 # The run
 
 
-class Results:
-    """The JSON file, written after every cell."""
-
-    def __init__(self, path: Path, *, fresh: bool) -> None:
-        self.path = path
-        machine = describe_machine()
-        del machine["threads"]  # each cell has its own
-        self.content: dict[str, Any] = {"command": COMMAND, "machine": machine, "cells": {}}
-        if path.is_file() and not fresh and "cells" in (content := json.loads(path.read_text())):
-            if content["machine"] != machine:
-                raise click.UsageError(f"{path} was measured on another machine; use --fresh or another --output.")
-            self.content = content
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.content["cells"]
-
-    def add(self, key: str, cell: Any) -> None:
-        """Keep a cell and write the file."""
-        self.content["cells"][key] = cell
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.content, indent=1) + "\n")
-        temporary.replace(self.path)
-
-    def of_part(self, part: str) -> dict[str, Any]:
-        """Return the cells of one part, without its name in their keys."""
-        return {
-            key.removeprefix(f"{part}/"): cell
-            for key, cell in self.content["cells"].items()
-            if key.startswith(f"{part}/")
-        }
-
-
 @dataclass(frozen=True)
 class Options:
     """What the command line says."""
@@ -1086,7 +1047,7 @@ def main(part: str, teachers: tuple[str, ...], output: Path, fresh: bool, **sett
         draws=settings["num_draws"],
         **{name: value for name, value in settings.items() if name not in ("num_threads", "num_draws")},
     )
-    results = Results(output, fresh=fresh)
+    results = Results(output, COMMAND, fresh=fresh)
     run(options, results)
     print_tables(results)
 

@@ -21,7 +21,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from machine import describe_machine
+from benchmark import describe_machine
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
@@ -34,6 +34,7 @@ from carv_attrib.data import open_dataset
 from carv_attrib.estimator import Encoded, Estimator, average_bands, build_estimator, kernel_vectors
 from carv_attrib.kernel import DEFAULT_DAMPING, decompose, similarity
 from carv_attrib.manifest import run_pilot
+from carv_attrib.memory import less_memory
 from carv_attrib.sampling import Draws
 from carv_attrib.variance import mean_and_error
 
@@ -82,9 +83,11 @@ def measure_teacher(name: str, repetitions: int) -> list[dict[str, Any]]:
     seconds: dict[str, list[float]] = {label: [] for label in prepared}
     for _ in range(repetitions + 1):
         for label, (estimator, encoded) in prepared.items():
-            started = time.perf_counter()
-            features[label] = estimator.features(encoded, draws)
-            seconds[label].append(time.perf_counter() - started)
+            savers = FeaturizeConfig.from_flat(SETTINGS[label]).execution.memory_savers
+            with less_memory(estimator.teacher.denoiser, **savers):
+                started = time.perf_counter()
+                features[label] = estimator.features(encoded, draws)
+                seconds[label].append(time.perf_counter() - started)
     exact, exact_scores = features[REFERENCE].double().flatten(1), scores(features[REFERENCE], draws, config)
     rows = []
     for label in SETTINGS:

@@ -2,7 +2,7 @@
 
 Command:  python scripts/bench_projection.py
 Hardware: 2 CPU cores, 5 GB of memory, about 15 minutes
-Writes:   docs/benchmarks/projection.json and the table that it prints
+Writes:   docs/benchmarks/projection.json after every projection, so that a killed run goes on, and a table
 
 160 digits at 4 shared draws, for both packaged teachers; 32 of them are queries, the others training examples. The
 gradients of all (example, draw) are written out once; their inner products are the truth. Each projection is drawn
@@ -22,7 +22,6 @@ layer, however short the other.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -32,7 +31,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from machine import describe_machine
+from benchmark import Results, quartiles
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
@@ -50,6 +49,7 @@ from carv_attrib.seeding import random_signs, stream_key
 from carv_attrib.teacher import placement
 from carv_attrib.variance import mean_and_error
 
+COMMAND = "python scripts/bench_projection.py"
 NUM_EXAMPLES, NUM_QUERIES, NUM_DRAWS = 160, 32, 4
 DAMPING, DAMPING_DIM = 0.1, 512
 KRONECKER = [(rank, proj_dim) for rank in (4, 8, 16, 32) for proj_dim in (256, 512, 2048)]
@@ -171,11 +171,17 @@ def time_ratio(estimator: Estimator, encoded: Encoded, draws: Draws, repetitions
             each.features(encoded, draws)
             times.append(time.perf_counter() - started)
         ratios.append(times[1] / times[0])
-    return np.quantile(ratios[1:], (0.25, 0.5, 0.75)).tolist()
+    return quartiles(np.array(ratios[1:]))
 
 
-def measure_teacher(name: str, seeds: int, repetitions: int) -> list[dict[str, object]]:
-    """Return a row for each projection."""
+def measure_teacher(name: str, seeds: int, repetitions: int, results: Results) -> None:
+    """Keep a cell for each projection that is missing."""
+    kinds = [("kronecker", *pair) for pair in KRONECKER] + [("rademacher", None, 512), ("rademacher", None, 2048)]
+    kinds = [kind for kind in kinds if cell_key(name, *kind) not in results]
+    designs = [(label, rank, 512) for label in DESIGNS for rank in (8, 16)]
+    designs = [design for design in designs if cell_key(name, *design) not in results]
+    if not kinds and not designs:
+        return
     teacher = load_teacher(name)
     config = FeaturizeConfig.from_flat({"num_draws": NUM_DRAWS, "weighting": "uniform", "micro_batch": 64})
     base = build_estimator(teacher, config, 64, profile=None)
@@ -185,17 +191,16 @@ def measure_teacher(name: str, seeds: int, repetitions: int) -> list[dict[str, o
     truth = sum((g @ g.T).double() for g in gradients.values())
     exact_scores = score_matrix(truth)
     device, dtype = placement(teacher)
-    rows = []
 
-    def add(label: str, rank: int | None, proj_dim: int, feature: Callable[[int], Tensor], quartiles: object) -> None:
+    def add(label: str, rank: int | None, proj_dim: int, feature: Callable[[int], Tensor], time: object) -> None:
         grams = [(f @ f.T) for f in (feature(seed).double() for seed in range(seeds))]
         error = mean_and_error([same_draw_error(gram, truth) for gram in grams])
         agreed = mean_and_error([agreement(gram, exact_scores) for gram in grams])
         cells = {"error": [error.value, error.standard_error], "agreement": [agreed.value, agreed.standard_error]}
-        rows.append({"teacher": name, "kind": label, "rank": rank, "proj_dim": proj_dim, **cells, "time": quartiles})
-        print(rows[-1], flush=True)
+        cell = {"teacher": name, "kind": label, "rank": rank, "proj_dim": proj_dim, **cells, "time": time}
+        results.add(cell_key(name, label, rank, proj_dim), {**cell, "seeds": seeds})
+        print(cell, flush=True)
 
-    kinds = [("kronecker", *pair) for pair in KRONECKER] + [("rademacher", None, 512), ("rademacher", None, 2048)]
     for kind, rank, proj_dim in kinds:
         settings = replace(config.projection, projection=kind, rank=rank or 1, proj_dim=proj_dim)
 
@@ -204,31 +209,34 @@ def measure_teacher(name: str, seeds: int, repetitions: int) -> list[dict[str, o
             return replace(base, projector=projector).features(encoded, draws).flatten(0, 1) * scale
 
         projector = build_projector(settings, base.layers, seed=0, device=device, dtype=dtype)
-        quartiles = time_ratio(replace(base, projector=projector), encoded, draws, repetitions if rank else 1)
-        add(kind, rank, proj_dim, features, quartiles)
-    for label, fit in DESIGNS.items():
-        for rank in (8, 16):
+        time = time_ratio(replace(base, projector=projector), encoded, draws, repetitions if rank else 1)
+        add(kind, rank, proj_dim, features, time)
+    for label, rank, proj_dim in designs:
 
-            def alternative(seed: int, rank: int = rank, fit: bool = fit) -> Tensor:
-                return designed(layers, gradients, rank, 512, seed, fit)
+        def alternative(seed: int, label: str = label, rank: int = rank, proj_dim: int = proj_dim) -> Tensor:
+            return designed(layers, gradients, rank, proj_dim, seed, DESIGNS[label])
 
-            add(label, rank, 512, alternative, None)
-    return rows
+        add(label, rank, proj_dim, alternative, None)
+
+
+def cell_key(teacher: str, kind: str, rank: int | None, proj_dim: int) -> str:
+    """Return the key of a projection's cell."""
+    return f"{teacher}/{kind}/rank {rank}/{proj_dim} dims"
 
 
 @click.command()
 @click.option("--teacher", "teachers", multiple=True, default=("demo", "demo-pixels"), show_default=True)
 @click.option("--seeds", default=8, show_default=True)
 @click.option("--repetitions", default=7, show_default=True)
+@click.option("--fresh", is_flag=True, help="Forget what an earlier run measured.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("docs/benchmarks/projection.json"))
-def main(teachers: tuple[str, ...], seeds: int, repetitions: int, output: Path) -> None:
-    """Measure every projection with both teachers, and print one table."""
-    rows = [row for name in teachers for row in measure_teacher(name, seeds, repetitions)]
-    result = {"command": "python scripts/bench_projection.py", "machine": describe_machine(), "rows": rows}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n")
+def main(teachers: tuple[str, ...], seeds: int, repetitions: int, fresh: bool, output: Path) -> None:
+    """Measure every projection that is missing, with both teachers, and print one table."""
+    results = Results(output, COMMAND, fresh=fresh)
+    for name in teachers:
+        measure_teacher(name, seeds, repetitions, results)
     table = Table("teacher", "projection", "rank", "dims", "error", "agreement", "time", title="mean ± standard error")
-    for row in rows:
+    for row in results.content["cells"].values():
         shown = ["{:.3f} ± {:.3f}".format(*row[name]) for name in ("error", "agreement")]
         ratio = "{1:.2f} [{0:.2f}, {2:.2f}]".format(*row["time"]) if row["time"] else ""
         table.add_row(row["teacher"], row["kind"], str(row["rank"] or ""), str(row["proj_dim"]), *shown, ratio)

@@ -22,7 +22,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from machine import describe_machine
+from benchmark import describe_machine
 from PIL import Image
 from rich.console import Console
 from rich.table import Table

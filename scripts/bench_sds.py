@@ -28,7 +28,7 @@ from typing import Literal
 import click
 import numpy as np
 import torch
-from machine import describe_machine
+from benchmark import describe_machine
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table

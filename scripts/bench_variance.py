@@ -28,7 +28,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from machine import describe_machine
+from benchmark import describe_machine
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import norm, qmc, spearmanr

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import click
 import torch
-from machine import describe_machine
+from benchmark import describe_machine
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor

@@ -25,7 +25,7 @@ from typing import Any
 import click
 import datasets
 import torch
-from machine import describe_machine
+from benchmark import describe_machine
 from rich.console import Console
 from rich.table import Table
 

@@ -2,9 +2,10 @@
 
 Command:  python scripts/make_lds_ground_truth.py --task demo --processes 2     (then --task pixels)
 Hardware: 3.5 minutes of one CPU core for a model of `demo`, 5 for one of `pixels`
-Writes:   docs/benchmarks/lds/TASK/: `teacher/`, a pipeline, and `ground-truth.npz`, after every model; a killed run goes on
+Writes:   docs/benchmarks/lds/TASK/: `teacher/`, a pipeline, and, after every model, `ground-truth.npz`; a killed
+          run goes on
 
-Tasks: `demo`, the class-conditional DiT in the latents of the packaged autoencoder, and `pixels`, the unconditional UNet
+Tasks: `demo`, the class-conditional DiT in the latents of the packaged autoencoder; `pixels`, the unconditional UNet
 on 8 x 8 pixels. 100 digits, chosen by a hash, are held out from everything but the autoencoder. The teacher is trained
 on the other 1,697 for 100 epochs; each further model on a random half of those (848), also for 100 epochs, from its own
 initial weights, with its own order and noise. Same optimizer and schedule as the packaged teachers, in batches of 64

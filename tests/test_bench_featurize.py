@@ -11,7 +11,8 @@ import click
 import numpy as np
 import pytest
 import torch
-from bench_featurize import LoGra, Method, Results, Setting, StageClock
+from bench_featurize import COMMAND, LoGra, Method, Setting, StageClock
+from benchmark import Results
 
 import carv_attrib.batches
 import carv_attrib.manifest
@@ -147,12 +148,12 @@ def test_clocks_go_where_functions_are_used_and_away() -> None:
 
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    Results(path, fresh=False).add("ratios/demo/1 threads/4 draws/floor", {"ratio": [1, 2, 3]})
-    again = Results(path, fresh=False)
+    Results(path, COMMAND, fresh=False).add("ratios/demo/1 threads/4 draws/floor", {"ratio": [1, 2, 3]})
+    again = Results(path, COMMAND, fresh=False)
     assert "ratios/demo/1 threads/4 draws/floor" in again
     assert again.of_part("ratios") == {"demo/1 threads/4 draws/floor": {"ratio": [1, 2, 3]}}
     assert again.of_part("growth") == {}
-    assert not Results(path, fresh=True).of_part("ratios")
+    assert not Results(path, COMMAND, fresh=True).of_part("ratios")
     path.write_text(path.read_text().replace(torch.__version__, "0.0"))
     with pytest.raises(click.UsageError, match="measured on another machine; use --fresh"):
-        Results(path, fresh=False)
+        Results(path, COMMAND, fresh=False)

@@ -214,9 +214,14 @@ def test_an_index_is_checked_before_it_is_read(store: FeatureStore) -> None:
     FeatureIndex.build(store, fit_kernel(store), score="dot", damping=0.2).save(store.path)
     faiss_file = store.path / "index.faiss"
     whole = faiss_file.read_bytes()
+    faiss_file.write_bytes(whole[:-1])
+    with pytest.raises(
+        StoreCorruptError, match=rf"index.faiss is damaged: it has \d+ bytes instead of {len(whole)}; run"
+    ):
+        read_index_settings(store)
     faiss_file.write_bytes(whole[:-1] + b"x")
     with pytest.raises(StoreCorruptError, match=r"index.faiss is damaged: its checksum does not match"):
-        read_index_settings(store)
+        read_index_settings(store, read_all=True)
     faiss_file.write_bytes(whole)
     fit_kernel(store, "means").save(store.path / "kernel.safetensors")
     with pytest.raises(StoreCorruptError, match=r"kernel.safetensors is damaged: its checksum does not match"):
@@ -224,6 +229,20 @@ def test_an_index_is_checked_before_it_is_read(store: FeatureStore) -> None:
     (store.path / "index.json").write_text("{}")
     with pytest.raises(StoreCorruptError, match=r"index.json is damaged"):
         read_index_settings(store)
+
+
+def test_opening_an_index_does_not_read_its_vectors(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = fit_kernel(store)
+    FeatureIndex.build(store, kernel, score="dot", damping=0.2).save(store.path)
+    digested = []
+    monkeypatch.setattr("carv_attrib.index.file_digest", lambda path: digested.append(path.name) or "")
+    with pytest.raises(StoreCorruptError, match=r"kernel.safetensors is damaged"):
+        read_index_settings(store)
+    assert digested == ["kernel.safetensors"]
+    monkeypatch.undo()
+    index = FeatureIndex.load(store, kernel)
+    assert str(store.path / "index.faiss") in Path("/proc/self/maps").read_text()
+    assert index.settings.score == "dot"
 
 
 def test_an_index_of_other_examples_is_refused(store: FeatureStore) -> None:

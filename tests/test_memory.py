@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -379,11 +378,11 @@ def test_recomputed_activations_give_the_same_features_in_less_memory(
 ) -> None:
     teacher = teacher_of(family)
     estimator, encoded, draws = case_of(teacher, 16, rank=1)  # of 4 to 8 channels: else blocks are most of it
-    frugal = replace(estimator, gradient_checkpointing=True)
     features = estimator.features(encoded, draws)
-    torch.testing.assert_close(frugal.features(encoded, draws), features, rtol=0, atol=0)
-    peaks = [peak_bytes(lambda e=e: e.project(encoded, draws, 16), CPU) for e in (estimator, frugal)]  # type: ignore[misc]
-    assert peaks[1] < 0.95 * peaks[0]
+    peak = peak_bytes(lambda: estimator.project(encoded, draws, 16), CPU)
+    with less_memory(teacher.denoiser, gradient_checkpointing=True, channels_last=False):
+        torch.testing.assert_close(estimator.features(encoded, draws), features, rtol=0, atol=0)
+        assert peak_bytes(lambda: estimator.project(encoded, draws, 16), CPU) < 0.95 * peak
     assert not teacher.denoiser.is_gradient_checkpointing
 
 
@@ -396,9 +395,12 @@ def test_a_denoiser_that_recomputes_anyway_goes_on_with_it(dit_folder: Path) -> 
 
 
 def test_a_denoiser_that_cannot_recompute_is_one_line(linear_teacher: TinyTeacher) -> None:
-    estimator, encoded, draws = case_of(linear_teacher, 4, gradient_checkpointing=True)
-    with pytest.raises(ArgumentError, match="`gradient_checkpointing` is not supported by .* FlatLinear; leave it out"):
-        estimator.features(encoded, draws)
+    message = "`gradient_checkpointing` is not supported by .* FlatLinear; leave it out"
+    with (
+        pytest.raises(ArgumentError, match=message),
+        less_memory(linear_teacher.denoiser, gradient_checkpointing=True, channels_last=False),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("family", ["ddpm_folder", "sd_folder"])
@@ -411,7 +413,8 @@ def test_channels_last_differs_by_rounding_and_is_undone(teacher_of: Callable[[s
         lambda module, args, output: seen.append(module.weight.is_contiguous(memory_format=torch.channels_last))
     )
     try:
-        inner = replace(estimator, channels_last=True).features(encoded, draws)
+        with less_memory(teacher.denoiser, gradient_checkpointing=False, channels_last=True):
+            inner = estimator.features(encoded, draws)
     finally:
         handle.remove()
     assert seen == [True]
@@ -420,15 +423,22 @@ def test_channels_last_differs_by_rounding_and_is_undone(teacher_of: Callable[[s
     torch.testing.assert_close(estimator.features(encoded, draws), features, rtol=0, atol=0)
 
 
-def test_a_new_index_and_a_resumed_one_use_the_settings(
+def test_featurize_and_plan_use_the_settings_and_undo_them(
     tmp_path: Path, dit_folder: Path, digits_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    teacher, examples = load_teacher(dit_folder), open_dataset(digits_folder)
+    denoiser: Any = (teacher := load_teacher(dit_folder)).denoiser
+    seen = []
+
+    def watched(*arguments: Any, **keywords: Any) -> Any:
+        weight = denoiser.pos_embed.proj.weight
+        seen.append((denoiser.is_gradient_checkpointing, weight.is_contiguous(memory_format=torch.channels_last)))
+        return project_gradient(*arguments, **keywords)
+
+    monkeypatch.setattr("carv_attrib.estimator.project_gradient", watched)
     flags = {"gradient_checkpointing": True, "channels_last": True}
-    store, made = open_or_create(teacher, examples, tmp_path / "index", FeaturizeConfig.from_flat(SETTINGS | flags))
-    _, plain = open_or_create(teacher, examples, tmp_path / "index", FeaturizeConfig.from_flat(SETTINGS))
-    _, again = open_or_create(teacher, examples, tmp_path / "index", FeaturizeConfig.from_flat(SETTINGS | flags))
-    assert (made.gradient_checkpointing, made.channels_last) == (True, True)
-    assert (plain.gradient_checkpointing, plain.channels_last) == (False, False)
-    assert (again.gradient_checkpointing, again.channels_last) == (True, True)
+    store = featurize(teacher, digits_folder, tmp_path / "index", **SETTINGS, **flags)
+    plan(teacher, digits_folder, **SETTINGS, **flags)
+    assert set(seen) == {(True, True)}
+    assert not denoiser.is_gradient_checkpointing
+    assert denoiser.pos_embed.proj.weight.is_contiguous()
     assert not set(flags) & set(store.manifest["config"])

@@ -15,6 +15,7 @@ from carv_attrib.data import ExampleDataset, open_dataset
 from carv_attrib.errors import ArgumentError, StoreMismatchError
 from carv_attrib.estimator import GradientProfile
 from carv_attrib.manifest import choose_micro_batch, settle_micro_batch
+from carv_attrib.memory import less_memory
 from carv_attrib.planning.costs import CostModel, parse_budget
 from carv_attrib.planning.forecast import Candidate, jackknife_error
 from carv_attrib.planning.pilot import Choice, VarianceShares, num_evaluations, study
@@ -170,7 +171,8 @@ def plan(
         teacher = load_teacher(teacher, device=config.execution.device, dtype=config.storage.dtype)
     examples = open_dataset(dataset, **asdict(config.data))
     check_columns(teacher, examples)
-    return make_plan(teacher, examples, settings, budget=budget, target_snr=target_snr)
+    with less_memory(teacher.denoiser, **config.execution.memory_savers):
+        return make_plan(teacher, examples, settings, budget=budget, target_snr=target_snr)
 
 
 def starting_config(settings: Mapping[str, Any]) -> FeaturizeConfig:

@@ -1,0 +1,116 @@
+"""`evaluate`: the scores of an index against retrained models, or against those of another (`docs/evaluation.md`)."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int64, UInt8
+from PIL import Image
+
+from carv_attrib.attributor import Attributor
+from carv_attrib.errors import DataError
+from carv_attrib.metrics import linear_datamodeling_score, predicted_losses, seed_ceiling
+from carv_attrib.variance import Measured
+
+_ARRAYS = {
+    "masks": (2, "models, train"),
+    "losses": (3, "models, queries, strata"),
+    "subsets": (1, "models"),
+    "seeds": (1, "models"),
+    "train_ids": (1, "train"),
+    "query_images": (None, "queries, height, width[, channels]"),
+    "query_labels": (1, "queries"),
+    "query_kinds": (1, "queries"),
+}
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """Losses of models that were retrained on subsets of the training examples.
+
+    Attributes:
+        masks: which training examples each subset holds.
+        losses: of each query under the models of each subset, one for each seed, in strata of timesteps of equal mass.
+        train_ids: ids of the training examples, the columns of `masks`.
+        query_images: pixels from 0 to 255, grey or RGB.
+        query_labels: classes; -1 is none.
+        query_kinds: such as held-out or generated.
+    """
+
+    masks: Bool[np.ndarray, "subsets train"]
+    losses: Float[np.ndarray, "subsets seeds queries strata"]
+    train_ids: Int64[np.ndarray, " train"]
+    query_images: UInt8[np.ndarray, "queries ..."]
+    query_labels: Int64[np.ndarray, " queries"]
+    query_kinds: np.ndarray
+
+    @staticmethod
+    def load(path: str | Path) -> GroundTruth:
+        """Return the ground truth in an npz file, whose layout `docs/evaluation.md` has; never a pickle.
+
+        Subsets that do not have a model of every seed yet are left out.
+
+        Raises:
+            DataError: if the file cannot be read, or lacks something.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+        except (OSError, ValueError, zipfile.BadZipFile) as err:
+            raise DataError(f"`ground_truth` {path} cannot be read: {' '.join(str(err).split())}.") from err
+        for name, (dims, axes) in _ARRAYS.items():
+            if name not in arrays or dims not in (None, arrays[name].ndim):
+                raise DataError(f"`ground_truth` {path} must have an array {name} ({axes}); see docs/evaluation.md.")
+        models = []
+        for subset in np.unique(arrays["subsets"]):
+            own = np.flatnonzero(arrays["subsets"] == subset)
+            own = own[np.argsort(arrays["seeds"][own], kind="stable")]
+            if (np.diff(arrays["seeds"][own]) == 0).any():
+                raise DataError(
+                    f"`ground_truth` {path} must have one model of a subset and seed, {subset} has several."
+                )
+            if len(own) == len(np.unique(arrays["seeds"])):
+                models.append(own)
+        if len(models) < 3:
+            raise DataError(f"`ground_truth` {path} must have at least 3 whole subsets, has {len(models)}.")
+        return GroundTruth(
+            masks=arrays["masks"][[own[0] for own in models]].astype(bool),
+            losses=arrays["losses"][models].astype(np.float64),
+            **{name: arrays[name] for name in ("train_ids", "query_images", "query_labels", "query_kinds")},
+        )
+
+    def scores(self, attributor: Attributor, **choice: Any) -> Float[np.ndarray, "queries train"]:
+        """Return an index's scores of the queries; keywords are those of `Attributor.scores`.
+
+        Raises:
+            DataError: if the index is not of these training examples.
+        """
+        if not np.array_equal(attributor.ids, self.train_ids):
+            raise DataError(
+                f"the ids of the index (={len(attributor.ids)}) are not the `train_ids` of the ground truth "
+                f"(={len(self.train_ids)}); featurize those examples, with their `id_column`."
+            )
+        labels = self.query_labels.tolist()
+        return attributor.scores(
+            [Image.fromarray(pixels) for pixels in self.query_images],
+            labels=None if min(labels) < 0 else labels,
+            **choice,
+        )
+
+
+def lds(truth: GroundTruth, scores: Mapping[str, Float[np.ndarray, "queries train"]]) -> dict[str, dict[str, Measured]]:
+    """Return the LDS of several scores, and the ceiling, for each kind of query."""
+    table = {}
+    for kind in dict.fromkeys(truth.query_kinds.tolist()):
+        queries = np.flatnonzero(truth.query_kinds == kind)
+        losses = truth.losses[:, :, queries].mean(3)
+        predicted = {name: predicted_losses(own[queries], truth.masks) for name, own in scores.items()}
+        table[kind] = linear_datamodeling_score(predicted, losses.mean(1))
+        if losses.shape[1] > 1:
+            table[kind]["seed to seed"], table[kind]["ceiling"] = seed_ceiling(losses)
+    return table

@@ -1,0 +1,117 @@
+"""How well scores predict what retraining does, and how far two rankings agree (`docs/evaluation.md`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy.stats import rankdata
+
+from carv_attrib.errors import ArgumentError
+from carv_attrib.seeding import stream
+from carv_attrib.variance import Measured
+
+NUM_BOOTSTRAP = 1000
+
+
+def spearman(first: Float[np.ndarray, "rows columns"], second: Float[np.ndarray, "rows columns"]) -> np.ndarray:
+    """Return the rank correlation of each pair of columns, ties at their mean rank; 0 where a column is constant.
+
+    >>> spearman(np.array([[1.0], [2.0], [9.0]]), np.array([[3.0], [5.0], [6.0]]))
+    array([1.])
+    """
+    ranks = [rankdata(values, axis=0) for values in (first, second)]
+    a, b = (r - r.mean(0) for r in ranks)
+    norms = np.sqrt((a**2).sum(0) * (b**2).sum(0))
+    return np.divide((a * b).sum(0), norms, out=np.zeros(len(norms)), where=norms > 0)
+
+
+def predicted_losses(
+    scores: Float[np.ndarray, "queries train"], masks: Bool[np.ndarray, "subsets train"]
+) -> Float[np.ndarray, "subsets queries"]:
+    """Return minus the sum of the scores of the examples in each subset, up to a constant: what a score predicts."""
+    return -(masks.astype(np.float64) @ scores.T)
+
+
+def linear_datamodeling_score(
+    predicted: Mapping[str, Float[np.ndarray, "subsets queries"]],
+    losses: Float[np.ndarray, "subsets queries"],
+    *,
+    num_bootstrap: int = NUM_BOOTSTRAP,
+) -> dict[str, Measured]:
+    """Return the mean over queries of the rank correlation, over subsets, of predicted and true losses, of each method.
+
+    The LDS of TRAK (arXiv:2303.14186, Definition 3). Standard errors are from a bootstrap over subsets and queries in
+    which all methods have the same resamples (`paired_differences` makes use of that).
+
+    Raises:
+        ArgumentError: for fewer than three subsets.
+    """
+    resampled = _resampled_means(predicted, losses, num_bootstrap)
+    return {
+        name: Measured(float(spearman(own, losses).mean()), float(np.std(resampled[name], ddof=1)))
+        for name, own in predicted.items()
+    }
+
+
+def paired_differences(
+    predicted: Mapping[str, Float[np.ndarray, "subsets queries"]],
+    losses: Float[np.ndarray, "subsets queries"],
+    baseline: str,
+    *,
+    num_bootstrap: int = NUM_BOOTSTRAP,
+) -> dict[str, Measured]:
+    """Return the LDS of each method less that of the baseline; the error is of the difference, subsets being shared."""
+    resampled = _resampled_means(predicted, losses, num_bootstrap)
+    reference = spearman(predicted[baseline], losses).mean()
+    return {
+        name: Measured(
+            float(spearman(own, losses).mean() - reference),
+            float(np.std(resampled[name] - resampled[baseline], ddof=1)),
+        )
+        for name, own in predicted.items()
+    }
+
+
+def _resampled_means(
+    predicted: Mapping[str, np.ndarray], losses: np.ndarray, num_bootstrap: int
+) -> dict[str, np.ndarray]:
+    """Return the LDS of each method on the same resamples of subsets and queries."""
+    num_subsets, num_queries = losses.shape
+    if num_subsets < 3:
+        raise ArgumentError(f"a rank correlation over subsets needs at least 3 of them, got {num_subsets}.")
+    generator = stream(0, "bootstrap of subsets and queries")
+    means: dict[str, list[float]] = {name: [] for name in predicted}
+    for _ in range(num_bootstrap):
+        rows = generator.integers(num_subsets, size=num_subsets)
+        columns = generator.integers(num_queries, size=num_queries)
+        for name, own in predicted.items():
+            means[name].append(float(spearman(own[rows], losses[rows])[columns].mean()))
+    return {name: np.array(values) for name, values in means.items()}
+
+
+def seed_ceiling(losses: Float[np.ndarray, "subsets seeds queries"]) -> tuple[Measured, Measured]:
+    """Return the seed-to-seed correlation of losses, and the LDS that knowing their expectation would have.
+
+    With r the mean over queries of the rank correlation, over subsets, of the losses of two seeds, the mean over S
+    seeds has the reliability `S r / (1 + (S - 1) r)` (Spearman and Brown); its root is the correlation of that mean
+    with what it estimates. Standard errors by a jackknife over subsets, which leaves out the queries.
+
+    Raises:
+        ArgumentError: for fewer than two seeds.
+    """
+    num_subsets, num_seeds, _ = losses.shape
+    if num_seeds < 2:
+        raise ArgumentError(f"a ceiling needs models of at least 2 seeds for each subset, got {num_seeds}.")
+
+    def both(rows: np.ndarray) -> np.ndarray:
+        pairs = [(a, b) for a in range(num_seeds) for b in range(a)]
+        r = float(np.mean([spearman(losses[rows, a], losses[rows, b]).mean() for a, b in pairs]))
+        return np.array([r, max(0.0, num_seeds * r / (1 + (num_seeds - 1) * r)) ** 0.5])
+
+    every = np.arange(num_subsets)
+    left_out = np.stack([both(np.delete(every, row)) for row in every])
+    errors = np.sqrt((num_subsets - 1) / num_subsets * ((left_out - left_out.mean(0)) ** 2).sum(0))
+    seed_to_seed, ceiling = both(every)
+    return Measured(float(seed_to_seed), float(errors[0])), Measured(float(ceiling), float(errors[1]))

@@ -1,0 +1,93 @@
+"""LDS against planted effects, its ceiling against simulated retraining, its standard errors against repetition."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from carv_attrib.errors import ArgumentError
+from carv_attrib.metrics import (
+    linear_datamodeling_score,
+    paired_differences,
+    predicted_losses,
+    seed_ceiling,
+    spearman,
+)
+from carv_attrib.seeding import stream
+
+NUM_TRAIN, NUM_QUERIES = 60, 20
+
+
+def retrained(
+    effects: np.ndarray, num_subsets: int, num_seeds: int, noise: float, *names: str | int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return masks, and losses (subsets, seeds, queries) that fall by the effect of each example in a subset."""
+    generator = stream(0, "retrained", *names)
+    masks = generator.random((num_subsets, effects.shape[1])) < 0.5
+    expected = -(masks @ effects.T)
+    scaled = (expected - expected.mean(0)) / expected.std(0)
+    return masks, scaled[:, None] + noise * generator.standard_normal((num_subsets, num_seeds, len(effects)))
+
+
+@pytest.fixture
+def effects() -> np.ndarray:
+    return stream(0, "effects").standard_normal((NUM_QUERIES, NUM_TRAIN))
+
+
+def test_rank_correlation_is_that_of_scipy_with_ties_and_is_zero_for_constants() -> None:
+    first, second = (stream(0, name).integers(4, size=(30, 5)).astype(float) for name in "ab")
+    expected = [spearmanr(a, b).statistic for a, b in zip(first.T, second.T, strict=True)]
+    np.testing.assert_allclose(spearman(first, second), expected)
+    second[:, 0] = 1.0
+    assert spearman(first, second)[0] == 0
+
+
+def test_true_effects_predict_perfectly_their_negatives_the_opposite_and_others_nothing(effects: np.ndarray) -> None:
+    masks, losses = retrained(effects, 64, 1, 0.0)
+    scores = {"true": effects, "negative": -effects, "other": np.roll(effects, 1, axis=0)}
+    predicted = {name: predicted_losses(own, masks) for name, own in scores.items()}
+    found = linear_datamodeling_score(predicted, losses[:, 0], num_bootstrap=100)
+    assert found["true"].value == pytest.approx(1.0)
+    assert found["negative"].value == pytest.approx(-1.0)
+    assert abs(found["other"].value) < 4 * found["other"].standard_error
+
+
+def test_the_ceiling_is_the_lds_of_true_effects(effects: np.ndarray) -> None:
+    masks, losses = retrained(effects, 400, 2, 0.8)
+    best = linear_datamodeling_score({"true": predicted_losses(effects, masks)}, losses.mean(1), num_bootstrap=100)
+    seed_to_seed, ceiling = seed_ceiling(losses)
+    assert seed_to_seed.value < ceiling.value
+    assert ceiling.value == pytest.approx(best["true"].value, abs=0.02)
+    assert 0 < ceiling.standard_error < 0.02
+
+
+def test_standard_errors_are_the_spread_over_repetitions(effects: np.ndarray) -> None:
+    scores = effects + 2.0 * stream(0, "errors").standard_normal(effects.shape)
+    values, errors = [], []
+    for repetition in range(40):
+        masks, losses = retrained(effects, 40, 1, 1.0, repetition)
+        predicted = {"noisy": predicted_losses(scores, masks)}
+        found = linear_datamodeling_score(predicted, losses[:, 0], num_bootstrap=60)["noisy"]
+        values.append(found.value)
+        errors.append(found.standard_error)
+    # the queries are the same in all repetitions, so that the bootstrap, which resamples them too, errs upwards
+    assert 0.9 < np.sqrt(np.mean(np.square(errors))) / np.std(values, ddof=1) < 2.5
+
+
+def test_differences_of_paired_methods_have_smaller_errors_than_the_methods(effects: np.ndarray) -> None:
+    masks, losses = retrained(effects, 40, 1, 1.0)
+    like = effects + 0.2 * stream(0, "errors").standard_normal(effects.shape)
+    predicted = {name: predicted_losses(own, masks) for name, own in (("a", effects), ("b", like))}
+    alone = linear_datamodeling_score(predicted, losses[:, 0], num_bootstrap=200)
+    difference = paired_differences(predicted, losses[:, 0], "a", num_bootstrap=200)
+    assert difference["a"].value == difference["a"].standard_error == 0
+    assert difference["b"].value == pytest.approx(alone["b"].value - alone["a"].value)
+    assert difference["b"].standard_error < 0.5 * alone["b"].standard_error
+
+
+def test_too_few_subsets_or_seeds_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="a rank correlation over subsets needs at least 3 of them, got 2"):
+        linear_datamodeling_score({"a": np.zeros((2, 4))}, np.zeros((2, 4)))
+    with pytest.raises(ArgumentError, match="a ceiling needs models of at least 2 seeds for each subset, got 1"):
+        seed_ceiling(np.zeros((5, 1, 4)))
