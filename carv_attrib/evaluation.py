@@ -1,8 +1,9 @@
-"""`evaluate`: the scores of an index against retrained models, or against those of another (`docs/evaluation.md`)."""
+"""`evaluate`: the scores of an index against retrained models (`docs/evaluation.md`)."""
 
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +19,16 @@ from carv_attrib.metrics import linear_datamodeling_score, predicted_losses, see
 from carv_attrib.variance import Measured
 
 _ARRAYS = {
-    "masks": (2, "models, train"),
-    "losses": (3, "models, queries, strata"),
-    "subsets": (1, "models"),
-    "seeds": (1, "models"),
-    "train_ids": (1, "train"),
-    "query_images": (None, "queries, height, width[, channels]"),
-    "query_labels": (1, "queries"),
-    "query_kinds": (1, "queries"),
+    "masks": ("models", "train"),
+    "losses": ("models", "queries", "strata"),
+    "subsets": ("models",),
+    "seeds": ("models",),
+    "train_ids": ("train",),
+    "query_images": ("queries",),  # then height, width and perhaps channels
+    "query_labels": ("queries",),
+    "query_kinds": ("queries",),
 }
+_READ_ERRORS = (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -61,18 +63,17 @@ class GroundTruth:
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
-        except (OSError, ValueError, zipfile.BadZipFile) as err:
+        except _READ_ERRORS as err:
             raise DataError(f"`ground_truth` {path} cannot be read: {' '.join(str(err).split())}.") from err
-        for name, (dims, axes) in _ARRAYS.items():
-            if name not in arrays or dims not in (None, arrays[name].ndim):
-                raise DataError(f"`ground_truth` {path} must have an array {name} ({axes}); see docs/evaluation.md.")
+        _check_shapes(path, arrays)
         models = []
         for subset in np.unique(arrays["subsets"]):
             own = np.flatnonzero(arrays["subsets"] == subset)
             own = own[np.argsort(arrays["seeds"][own], kind="stable")]
-            if (np.diff(arrays["seeds"][own]) == 0).any():
+            if (np.diff(arrays["seeds"][own]) == 0).any() or (arrays["masks"][own] != arrays["masks"][own[0]]).any():
                 raise DataError(
-                    f"`ground_truth` {path} must have one model of a subset and seed, {subset} has several."
+                    f"`ground_truth` {path} must have one mask for a subset and one model for each of its seeds, "
+                    f"subset {subset} has several."
                 )
             if len(own) == len(np.unique(arrays["seeds"])):
                 models.append(own)
@@ -101,6 +102,21 @@ class GroundTruth:
             labels=None if min(labels) < 0 else labels,
             **choice,
         )
+
+
+def _check_shapes(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Check that all arrays are there, and that their axes have the same lengths everywhere."""
+    lengths: dict[str, int] = {}
+    for name, axes in _ARRAYS.items():
+        shape = arrays[name].shape if name in arrays else ()
+        sizes = dict(zip(axes, shape, strict=False))
+        if len(sizes) < len(axes) or any(lengths.setdefault(axis, size) != size for axis, size in sizes.items()):
+            raise DataError(
+                f"`ground_truth` {path} must have an array {name} ({', '.join(axes)}) whose axes fit the others, "
+                f"its shape is {shape}; see docs/evaluation.md."
+            )
+    if not np.isfinite(arrays["losses"]).all():
+        raise DataError(f"`ground_truth` {path} must have finite losses; train the models that failed again.")
 
 
 def lds(truth: GroundTruth, scores: Mapping[str, Float[np.ndarray, "queries train"]]) -> dict[str, dict[str, Measured]]:

@@ -87,18 +87,23 @@ class FeatureIndex:
             score: one that `settings.serves`.
             damping: lambda of the score, which may differ from the index's.
             top_k: how many; at most the number of examples.
+
+        Raises:
+            StoreCorruptError: if a vector is not a number.
         """
         inverse = self._kernel.inverse(score, damping)
         vectors = query.mean(2) * inverse / self._sqrt_inverse / query.shape[1] ** 0.5
-        positions: np.ndarray = self._faiss.search(vectors.flatten(1).float().numpy(), min(top_k, self._faiss.ntotal))[
-            1
-        ]
+        positions: np.ndarray
+        _, positions = self._faiss.search(vectors.flatten(1).float().numpy(), min(top_k, self._faiss.ntotal))
+        if (positions < 0).any():
+            raise StoreCorruptError("the search index holds NaN; run `carv-attrib index` again.")
         return positions
 
     def save(self, folder: Path) -> None:
         """Write the kernel, `index.faiss` and, with their sizes and checksums, `index.json` to a store's folder."""
         import faiss
 
+        (folder / "index.json").unlink(missing_ok=True)  # files of two runs must never look like those of one
         self._kernel.save(folder / "kernel.safetensors")
         with atomic_file(folder / "index.faiss") as temporary:
             faiss.write_index(self._faiss, str(temporary))
@@ -120,7 +125,13 @@ class FeatureIndex:
         path = store.path / "index.faiss"
         import faiss
 
-        faiss_index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+        way_out = f"run `carv-attrib index {store.path}`"
+        try:
+            faiss_index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+        except RuntimeError as err:
+            raise StoreCorruptError(f"{path} is damaged: FAISS cannot read it; {way_out}.") from err
+        if faiss_index.ntotal != len(store.ids):
+            raise StoreCorruptError(f"{path} is damaged: it has {faiss_index.ntotal} examples; {way_out}.")
         return FeatureIndex(settings, kernel, faiss_index)
 
     def _whiten(self, features: Float64[Tensor, "train bands replicates d"]) -> Float32[np.ndarray, "train dims"]:
@@ -157,7 +168,9 @@ def read_index_settings(store: FeatureStore, *, read_all: bool = False) -> Index
                 raise StoreCorruptError(f"{file} is damaged: it has {size} bytes instead of {sizes[name]}; {way_out}.")
             if (read_all or name != "index.faiss") and file_digest(file) != checksums[name]:
                 raise StoreCorruptError(f"{file} is damaged: its checksum does not match; {way_out}.")
-    except (OSError, ValueError, KeyError, TypeError) as err:
+    except KeyError as err:
+        raise StoreCorruptError(f"{path} has no {err}: it is damaged or of an older version; {way_out}.") from err
+    except (OSError, ValueError, TypeError) as err:
         raise StoreCorruptError(f"{path} is damaged: {err}; {way_out}.") from err
     if settings.features_sha256 != store.digest():
         raise StoreError(f"the index in {store.path} is of other features; {way_out}.")

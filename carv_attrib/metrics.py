@@ -1,4 +1,4 @@
-"""How well scores predict what retraining does, and how far two rankings agree (`docs/evaluation.md`)."""
+"""How well scores predict what retraining does (`docs/evaluation.md`)."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ def spearman(first: Float[np.ndarray, "rows columns"], second: Float[np.ndarray,
     ranks = [rankdata(values, axis=0) for values in (first, second)]
     a, b = (r - r.mean(0) for r in ranks)
     norms = np.sqrt((a**2).sum(0) * (b**2).sum(0))
-    return np.divide((a * b).sum(0), norms, out=np.zeros(len(norms)), where=norms > 0)
+    correlations: np.ndarray = np.divide((a * b).sum(0), norms, out=np.zeros(len(norms)), where=norms > 0)
+    return correlations
 
 
 def predicted_losses(
     scores: Float[np.ndarray, "queries train"], masks: Bool[np.ndarray, "subsets train"]
 ) -> Float[np.ndarray, "subsets queries"]:
     """Return minus the sum of the scores of the examples in each subset, up to a constant: what a score predicts."""
-    return -(masks.astype(np.float64) @ scores.T)
+    kept: np.ndarray = masks.astype(np.float64) @ scores.T
+    return -kept
 
 
 def linear_datamodeling_score(
@@ -42,8 +44,8 @@ def linear_datamodeling_score(
 ) -> dict[str, Measured]:
     """Return the mean over queries of the rank correlation, over subsets, of predicted and true losses, of each method.
 
-    The LDS of TRAK (arXiv:2303.14186, Definition 3). Standard errors are from a bootstrap over subsets and queries in
-    which all methods have the same resamples (`paired_differences` makes use of that).
+    The linear datamodeling score of TRAK (arXiv:2303.14186). Standard errors are from a bootstrap over both subsets and
+    queries, which counts what is peculiar to a pair of them up to three times: they err upwards.
 
     Raises:
         ArgumentError: for fewer than three subsets.
@@ -62,7 +64,11 @@ def paired_differences(
     *,
     num_bootstrap: int = NUM_BOOTSTRAP,
 ) -> dict[str, Measured]:
-    """Return the LDS of each method less that of the baseline; the error is of the difference, subsets being shared."""
+    """Return the LDS of each method less that of the baseline; the error is of the difference, resamples being shared.
+
+    Raises:
+        ArgumentError: for fewer than three subsets.
+    """
     resampled = _resampled_means(predicted, losses, num_bootstrap)
     reference = spearman(predicted[baseline], losses).mean()
     return {
@@ -95,8 +101,9 @@ def seed_ceiling(losses: Float[np.ndarray, "subsets seeds queries"]) -> tuple[Me
     """Return the seed-to-seed correlation of losses, and the LDS that knowing their expectation would have.
 
     With r the mean over queries of the rank correlation, over subsets, of the losses of two seeds, the mean over S
-    seeds has the reliability `S r / (1 + (S - 1) r)` (Spearman and Brown); its root is the correlation of that mean
-    with what it estimates. Standard errors by a jackknife over subsets, which leaves out the queries.
+    seeds has the reliability `S r / (1 + (S - 1) r)` (Spearman and Brown, for Pearson's correlation; an approximation
+    for ranks); its root is the correlation of that mean with what it estimates. Where r differs between queries it is
+    an upper bound of their mean. Standard errors by a jackknife over subsets, with the queries taken as fixed.
 
     Raises:
         ArgumentError: for fewer than two seeds.
@@ -108,7 +115,8 @@ def seed_ceiling(losses: Float[np.ndarray, "subsets seeds queries"]) -> tuple[Me
     def both(rows: np.ndarray) -> np.ndarray:
         pairs = [(a, b) for a in range(num_seeds) for b in range(a)]
         r = float(np.mean([spearman(losses[rows, a], losses[rows, b]).mean() for a, b in pairs]))
-        return np.array([r, max(0.0, num_seeds * r / (1 + (num_seeds - 1) * r)) ** 0.5])
+        positive = max(0.0, r)
+        return np.array([r, (num_seeds * positive / (1 + (num_seeds - 1) * positive)) ** 0.5])
 
     every = np.arange(num_subsets)
     left_out = np.stack([both(np.delete(every, row)) for row in every])

@@ -71,7 +71,6 @@ from carv_attrib.teacher import Teacher, placement
 from carv_attrib.teachers._diffusers import DiffusersTeacher, freeze, schedule_of
 
 COMMAND = "python scripts/bench_featurize.py"
-QUARTILES = (0.25, 0.5, 0.75)
 PEER_DIM = 2048
 PEER_DRAWS = 4
 """Peers are measured at as many draws, and at one thread."""

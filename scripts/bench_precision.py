@@ -21,7 +21,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from benchmark import describe_machine
+from benchmark import describe_machine, quartiles
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
@@ -102,7 +102,7 @@ def measure_teacher(name: str, repetitions: int) -> list[dict[str, Any]]:
                 "setting": label,
                 "relative_error": [error.value, error.standard_error],
                 "agreement": [agreement.value, agreement.standard_error],
-                "time": np.quantile(ratios, (0.25, 0.5, 0.75)).tolist(),
+                "time": quartiles(ratios),
             }
         )
     return rows

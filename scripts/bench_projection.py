@@ -171,15 +171,15 @@ def time_ratio(estimator: Estimator, encoded: Encoded, draws: Draws, repetitions
             each.features(encoded, draws)
             times.append(time.perf_counter() - started)
         ratios.append(times[1] / times[0])
-    return quartiles(np.array(ratios[1:]))
+    return quartiles(ratios[1:])
 
 
 def measure_teacher(name: str, seeds: int, repetitions: int, results: Results) -> None:
     """Keep a cell for each projection that is missing."""
     kinds = [("kronecker", *pair) for pair in KRONECKER] + [("rademacher", None, 512), ("rademacher", None, 2048)]
-    kinds = [kind for kind in kinds if cell_key(name, *kind) not in results]
+    kinds = [kind for kind in kinds if cell_key(name, seeds, *kind) not in results]
     designs = [(label, rank, 512) for label in DESIGNS for rank in (8, 16)]
-    designs = [design for design in designs if cell_key(name, *design) not in results]
+    designs = [design for design in designs if cell_key(name, seeds, *design) not in results]
     if not kinds and not designs:
         return
     teacher = load_teacher(name)
@@ -192,13 +192,13 @@ def measure_teacher(name: str, seeds: int, repetitions: int, results: Results) -
     exact_scores = score_matrix(truth)
     device, dtype = placement(teacher)
 
-    def add(label: str, rank: int | None, proj_dim: int, feature: Callable[[int], Tensor], time: object) -> None:
+    def add(label: str, rank: int | None, proj_dim: int, feature: Callable[[int], Tensor], ratio: object) -> None:
         grams = [(f @ f.T) for f in (feature(seed).double() for seed in range(seeds))]
         error = mean_and_error([same_draw_error(gram, truth) for gram in grams])
         agreed = mean_and_error([agreement(gram, exact_scores) for gram in grams])
         cells = {"error": [error.value, error.standard_error], "agreement": [agreed.value, agreed.standard_error]}
-        cell = {"teacher": name, "kind": label, "rank": rank, "proj_dim": proj_dim, **cells, "time": time}
-        results.add(cell_key(name, label, rank, proj_dim), {**cell, "seeds": seeds})
+        cell = {"teacher": name, "kind": label, "rank": rank, "proj_dim": proj_dim, **cells, "time": ratio}
+        results.add(cell_key(name, seeds, label, rank, proj_dim), cell)
         print(cell, flush=True)
 
     for kind, rank, proj_dim in kinds:
@@ -209,8 +209,8 @@ def measure_teacher(name: str, seeds: int, repetitions: int, results: Results) -
             return replace(base, projector=projector).features(encoded, draws).flatten(0, 1) * scale
 
         projector = build_projector(settings, base.layers, seed=0, device=device, dtype=dtype)
-        time = time_ratio(replace(base, projector=projector), encoded, draws, repetitions if rank else 1)
-        add(kind, rank, proj_dim, features, time)
+        ratio = time_ratio(replace(base, projector=projector), encoded, draws, repetitions if rank else 1)
+        add(kind, rank, proj_dim, features, ratio)
     for label, rank, proj_dim in designs:
 
         def alternative(seed: int, label: str = label, rank: int = rank, proj_dim: int = proj_dim) -> Tensor:
@@ -219,9 +219,9 @@ def measure_teacher(name: str, seeds: int, repetitions: int, results: Results) -
         add(label, rank, proj_dim, alternative, None)
 
 
-def cell_key(teacher: str, kind: str, rank: int | None, proj_dim: int) -> str:
+def cell_key(teacher: str, seeds: int, kind: str, rank: int | None, proj_dim: int) -> str:
     """Return the key of a projection's cell."""
-    return f"{teacher}/{kind}/rank {rank}/{proj_dim} dims"
+    return f"{teacher}/{seeds} seeds/{kind}/rank {rank}/{proj_dim} dims"
 
 
 @click.command()

@@ -12,9 +12,9 @@ dimensions). Queries are digits that the teacher generated, with their labels. M
   reads all features from the store, and does not use FAISS; so it is not 100 times `query`.
 - network: the part of one query that makes its features, `Estimator.features` of 8 draws.
 - FAISS: the search alone, for one whitened query and for 100, ten neighbours of each.
-- open: `Attributor.open`, which reads the manifest, the ids, and the whole index and kernel for their checksums, but
-  no features. Also `open, first query`: what the first query does beyond a later one (the kernel and the index are
-  loaded, the projection and the draws are made again).
+- open: `Attributor.open`, which reads the manifest, the ids, and the kernel for its checksum, but no features, and
+  compares the size of the search index, which is memory-mapped. Also `open, first query`: what the first query does
+  beyond a later one (the kernel and the index are loaded, the projection and the draws are made again).
 
 Opening against size: the same parts, linked so many times over as parts of one store (their ids repeat, and nothing
 but opening is timed), with an index and a kernel of that size.
@@ -31,9 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import torch
-from benchmark import describe_machine
+from benchmark import describe_machine, quartiles
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -47,14 +46,13 @@ from carv_attrib.store import FeatureStore
 from carv_attrib.teacher import Teacher
 
 COMMAND = "python scripts/bench_query.py"
-QUARTILES = (0.25, 0.5, 0.75)
 TOP_K = 10
 
 
 def milliseconds(work: Callable[[], object], repetitions: int) -> list[float]:
     """Return the quartiles of the milliseconds that `work` takes, after one call that is not counted."""
     work()
-    return summary([timed(work) for _ in range(repetitions)])
+    return quartiles([timed(work) for _ in range(repetitions)])
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -62,11 +60,6 @@ def timed(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return 1e3 * (time.perf_counter() - started)
-
-
-def summary(taken: Sequence[float]) -> list[float]:
-    """Return the quartiles, the median in the middle."""
-    return np.quantile(taken, QUARTILES).tolist()
 
 
 def measure_queries(
@@ -122,7 +115,7 @@ def measure_opening(
         if repetition:
             opened.append(taken)
             extra.append(first - second)
-    return {"open": summary(opened), "open, first query": summary(extra)}
+    return {"open": quartiles(opened), "open, first query": quartiles(extra)}
 
 
 def enlarge(source: Path, target: Path, times: int) -> Path:

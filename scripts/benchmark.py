@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def describe_machine() -> dict[str, str | int]:
     }
 
 
-def quartiles(values: np.ndarray) -> list[float]:
+def quartiles(values: Sequence[float] | np.ndarray) -> list[float]:
     """Return the quartiles, the median in the middle."""
     return np.quantile(values, (0.25, 0.5, 0.75)).tolist()
 

@@ -42,6 +42,7 @@ from carv_attrib.data import PixelSpec, to_pixels
 from carv_attrib.gradient import row_objective
 from carv_attrib.sampling import sample_draws, uniform_proposal
 from carv_attrib.seeding import choose_positions, stream_key
+from carv_attrib.store import atomic_file
 from carv_attrib.teacher import Teacher
 
 FOLDER = Path("docs/benchmarks/lds")
@@ -210,6 +211,7 @@ def make_teacher(name: str, folder: Path, epochs: float) -> None:
             "losses": np.zeros((0, NUM_HELD_OUT + NUM_GENERATED, NUM_STRATA), np.float32),
             "subsets": np.zeros(0, np.int64),
             "seeds": np.zeros(0, np.int64),
+            "epochs": np.float64(epochs),
             "train_ids": digits.train_ids.numpy(),
             "query_kinds": np.array(["held-out"] * NUM_HELD_OUT + ["generated"] * NUM_GENERATED),
             "query_labels": np.array(held_out_labels + generated_labels, np.int64),
@@ -220,10 +222,8 @@ def make_teacher(name: str, folder: Path, epochs: float) -> None:
 
 def save(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write arrays to an npz file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    np.savez_compressed(temporary.open("wb"), **arrays)
-    temporary.replace(path)
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
 
 
 def train_subset_model(name: str, folder: Path, subset: int, seed: int, epochs: float) -> np.ndarray:
@@ -266,17 +266,22 @@ def main(name: str, subsets: int, seeds: int, processes: int, epochs: float, fol
         make_teacher(name, folder, epochs)
     with np.load(path) as file:
         done = set(zip(file["subsets"].tolist(), file["seeds"].tolist(), strict=True))
+        if file["epochs"] != epochs:
+            raise click.UsageError(f"{path} has models of {file['epochs']} epochs; use those, or another --folder.")
     missing = [(m, s) for m in range(subsets) for s in range(seeds) if (m, s) not in done]
     digits, started = load_digits(name), time.monotonic()
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=one_thread) as pool:
-        running = {pool.submit(train_subset_model, name, folder, m, s, epochs): (m, s) for m, s in missing}
+    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=one_thread)
+    running = {pool.submit(train_subset_model, name, folder, m, s, epochs): (m, s) for m, s in missing}
+    try:
         for number, future in enumerate(as_completed(running), 1):
             subset, seed = running[future]
             add_model(path, subset_mask(digits, subset).numpy(), future.result(), subset, seed)
             left = (time.monotonic() - started) / number * (len(missing) - number)
             click.echo(
-                f"{name}: model {len(done) + number}, subset {subset}, seed {seed}; {left / 60:.0f} minutes left"
+                f"{name}: {len(done) + number} models, subset {subset}, seed {seed}; {left / 60:.0f} minutes left"
             )
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def arrays(attributor: Attributor, tmp_path_factory: pytest.TempPathFactory) -> 
     """Return ground truth in which every loss is minus the sum of the scores, in two strata; seeds are alike."""
     generator = stream(0, "ground truth of a test")
     pixels = generator.integers(256, size=(NUM_QUERIES, 8, 8)).astype(np.uint8)
-    labels = generator.integers(10, size=NUM_QUERIES)
+    labels = generator.integers(3, size=NUM_QUERIES)
     masks = np.repeat(generator.random((10, len(attributor.ids))) < 0.5, 2, axis=0)
     truth = GroundTruth(masks, np.zeros((20, 1, NUM_QUERIES, 2)), attributor.ids, pixels, labels, np.empty(0))
     losses = -(masks @ truth.scores(attributor).T)
@@ -73,11 +73,12 @@ def test_models_are_put_together_by_subset_and_seed_and_unfinished_subsets_left_
     arrays: dict[str, np.ndarray], save: Any
 ) -> None:
     order = stream(0, "order").permutation(19)  # the last model is missing
-    per_model = {name: arrays[name][order] for name in ("masks", "losses", "subsets", "seeds")}
-    truth = GroundTruth.load(save(**per_model))
+    losses = arrays["losses"] + np.arange(20, dtype=np.float32)[:, None, None]
+    per_model = {name: arrays[name][order] for name in ("masks", "subsets", "seeds")}
+    truth = GroundTruth.load(save(losses=losses[order], **per_model))
     assert len(truth.masks) == 9
-    np.testing.assert_array_equal(truth.losses[4, 1], arrays["losses"][9])
-    np.testing.assert_array_equal(truth.masks[4], arrays["masks"][9])
+    np.testing.assert_array_equal(truth.losses.reshape(18, NUM_QUERIES, 2), losses[:18])
+    np.testing.assert_array_equal(truth.masks, arrays["masks"][:18:2])
 
 
 def test_a_score_is_compared_on_the_queries_of_its_kind(attributor: Attributor, save: Any) -> None:
@@ -103,16 +104,25 @@ def test_a_file_that_is_wrong_is_one_line(tiny_index: Path, tmp_path: Path, save
     (tmp_path / "text.npz").write_text("losses")
     with pytest.raises(DataError, match="`ground_truth` .*text.npz cannot be read: "):
         GroundTruth.load(tmp_path / "text.npz")
-    with pytest.raises(DataError, match=r"must have an array masks \(models, train\); see docs/evaluation.md"):
+    (tmp_path / "empty.npz").touch()
+    with pytest.raises(DataError, match="`ground_truth` .*empty.npz cannot be read: "):
+        GroundTruth.load(tmp_path / "empty.npz")
+    with pytest.raises(DataError, match=r"must have an array masks \(models, train\) .* its shape is \(\); see"):
         GroundTruth.load(save(masks=None))
     with pytest.raises(DataError, match=r"must have an array losses \(models, queries, strata\)"):
         GroundTruth.load(save(losses=np.zeros((20, 6))))
-    with pytest.raises(DataError, match="must have one model of a subset and seed, 0 has several"):
+    with pytest.raises(DataError, match=r"must have an array query_labels \(queries\) whose axes fit the others"):
+        GroundTruth.load(save(query_labels=np.zeros(5, int)))
+    with pytest.raises(DataError, match="must have finite losses"):
+        GroundTruth.load(save(losses=np.full((20, 6, 2), np.nan)))
+    with pytest.raises(DataError, match="must have one mask for a subset and one model .* subset 0 has several"):
         GroundTruth.load(save(seeds=np.zeros(20, int)))
-    with pytest.raises(DataError, match="must have at least 3 whole subsets, has 1"):
-        GroundTruth.load(save(subsets=np.zeros(20, int), seeds=np.arange(20)))
-    path = save(train_ids=np.arange(5))
+    with pytest.raises(DataError, match="must have one mask for a subset"):
+        GroundTruth.load(save(masks=np.eye(20, 20, dtype=bool)))
+    with pytest.raises(DataError, match="must have at least 3 whole subsets, has 2"):
+        GroundTruth.load(save(subsets=np.arange(20) // 2 // 5, seeds=np.arange(20) % 10, masks=np.ones((20, 20), bool)))
+    path = save(train_ids=np.arange(20) + 5)
     shown = CliRunner().invoke(main, ["evaluate", "lds", str(tiny_index), "--ground-truth", str(path)])
     assert shown.exit_code == 1
     assert shown.output.count("\n") == 1
-    assert "are not the `train_ids` of the ground truth (=5)" in shown.output
+    assert "are not the `train_ids` of the ground truth (=20)" in shown.output

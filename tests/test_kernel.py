@@ -10,7 +10,7 @@ from torch import Tensor
 from carv_attrib.errors import ArgumentError, StoreCorruptError, StoreError
 from carv_attrib.index import FeatureIndex, read_index_settings
 from carv_attrib.kernel import Kernel, KernelKind, ScoreKind, fit_kernel, load_kernel, similarity
-from carv_attrib.store import FeatureStore, PartFeatures, Record
+from carv_attrib.store import FeatureStore, PartFeatures, Record, file_digest
 
 NUM, BANDS, DIM = 40, 3, 5
 
@@ -227,7 +227,9 @@ def test_an_index_is_checked_before_it_is_read(store: FeatureStore) -> None:
     with pytest.raises(StoreCorruptError, match=r"kernel.safetensors is damaged: its checksum does not match"):
         read_index_settings(store)
     (store.path / "index.json").write_text("{}")
-    with pytest.raises(StoreCorruptError, match=r"index.json is damaged"):
+    with pytest.raises(
+        StoreCorruptError, match=r"index.json has no 'bytes': it is damaged or of an older version; run"
+    ):
         read_index_settings(store)
 
 
@@ -235,14 +237,46 @@ def test_opening_an_index_does_not_read_its_vectors(store: FeatureStore, monkeyp
     kernel = fit_kernel(store)
     FeatureIndex.build(store, kernel, score="dot", damping=0.2).save(store.path)
     digested = []
-    monkeypatch.setattr("carv_attrib.index.file_digest", lambda path: digested.append(path.name) or "")
-    with pytest.raises(StoreCorruptError, match=r"kernel.safetensors is damaged"):
-        read_index_settings(store)
-    assert digested == ["kernel.safetensors"]
-    monkeypatch.undo()
+
+    def watched(path: Path) -> str:
+        digested.append(path.name)
+        return file_digest(path)
+
+    monkeypatch.setattr("carv_attrib.index.file_digest", watched)
     index = FeatureIndex.load(store, kernel)
-    assert str(store.path / "index.faiss") in Path("/proc/self/maps").read_text()
+    assert digested == ["kernel.safetensors"]
     assert index.settings.score == "dot"
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or str(store.path / "index.faiss") in maps.read_text()
+
+
+def test_an_index_whose_writing_was_stopped_is_none(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes do not tell the files of two runs apart: without `index.json` there is no index."""
+    kernel = fit_kernel(store)
+    FeatureIndex.build(store, kernel, score="dot", damping=0.2).save(store.path)
+
+    def stop(path: Path) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("carv_attrib.index.file_digest", stop)
+    with pytest.raises(KeyboardInterrupt):
+        FeatureIndex.build(store, kernel, score="preconditioned", damping=0.2).save(store.path)
+    with pytest.raises(StoreError, match="has no index yet"):
+        read_index_settings(store)
+
+
+def test_a_search_index_that_faiss_cannot_use_is_refused(store: FeatureStore) -> None:
+    kernel = fit_kernel(store)
+    FeatureIndex.build(store, kernel, score="dot", damping=0.2).save(store.path)
+    file = store.path / "index.faiss"
+    whole = file.read_bytes()
+    file.write_bytes(b"none" + whole[4:])
+    with pytest.raises(StoreCorruptError, match=r"index.faiss is damaged: FAISS cannot read it; run"):
+        FeatureIndex.load(store, kernel)
+    file.write_bytes(whole[:-4] + np.float32("nan").tobytes())
+    query = kernel.banded(store.read_features(range(1)))
+    with pytest.raises(StoreCorruptError, match="the search index holds NaN; run `carv-attrib index` again"):
+        FeatureIndex.load(store, kernel).search(query, score="dot", damping=0.2, top_k=len(store.ids))
 
 
 def test_an_index_of_other_examples_is_refused(store: FeatureStore) -> None:

@@ -20,7 +20,7 @@ NUM_TRAIN, NUM_QUERIES = 60, 20
 
 
 def retrained(
-    effects: np.ndarray, num_subsets: int, num_seeds: int, noise: float, *names: str | int
+    effects: np.ndarray, num_subsets: int, num_seeds: int, noise: float | np.ndarray, *names: str | int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return masks, and losses (subsets, seeds, queries) that fall by the effect of each example in a subset."""
     generator = stream(0, "retrained", *names)
@@ -62,17 +62,32 @@ def test_the_ceiling_is_the_lds_of_true_effects(effects: np.ndarray) -> None:
     assert 0 < ceiling.standard_error < 0.02
 
 
-def test_standard_errors_are_the_spread_over_repetitions(effects: np.ndarray) -> None:
-    scores = effects + 2.0 * stream(0, "errors").standard_normal(effects.shape)
+def test_the_ceiling_is_an_upper_bound_where_queries_differ(effects: np.ndarray) -> None:
+    masks, losses = retrained(effects, 400, 2, np.geomspace(0.2, 5, NUM_QUERIES))
+    best = linear_datamodeling_score({"true": predicted_losses(effects, masks)}, losses.mean(1), num_bootstrap=2)
+    assert seed_ceiling(losses)[1].value > best["true"].value + 0.02
+
+
+def test_opposite_seeds_have_a_ceiling_of_zero() -> None:
+    losses = np.arange(4.0)[:, None, None] * np.array([1.0, -1.0])[:, None]
+    seed_to_seed, ceiling = seed_ceiling(losses)
+    assert (seed_to_seed.value, ceiling.value) == (-1, 0)
+
+
+def test_standard_errors_are_the_spread_over_subsets_and_queries() -> None:
+    """Queries that share most of their effects, some predicted well and some badly: both resamplings are needed."""
     values, errors = [], []
-    for repetition in range(40):
-        masks, losses = retrained(effects, 40, 1, 1.0, repetition)
-        predicted = {"noisy": predicted_losses(scores, masks)}
-        found = linear_datamodeling_score(predicted, losses[:, 0], num_bootstrap=60)["noisy"]
+    for repetition in range(60):
+        generator = stream(0, "repetition", repetition)
+        common = generator.standard_normal((1, NUM_TRAIN))
+        effects = common + 0.3 * generator.standard_normal((NUM_QUERIES, NUM_TRAIN))
+        quality = generator.choice([-0.6, 1.0], size=(NUM_QUERIES, 1))
+        masks, losses = retrained(effects, 30, 1, 1.0, repetition)
+        predicted = {"ours": predicted_losses(quality * effects, masks)}
+        found = linear_datamodeling_score(predicted, losses[:, 0], num_bootstrap=50)["ours"]
         values.append(found.value)
         errors.append(found.standard_error)
-    # the queries are the same in all repetitions, so that the bootstrap, which resamples them too, errs upwards
-    assert 0.9 < np.sqrt(np.mean(np.square(errors))) / np.std(values, ddof=1) < 2.5
+    assert 0.8 < np.sqrt(np.mean(np.square(errors))) / np.std(values, ddof=1) < 1.4
 
 
 def test_differences_of_paired_methods_have_smaller_errors_than_the_methods(effects: np.ndarray) -> None:

@@ -126,6 +126,15 @@ def test_kronecker_block_is_the_product_of_explicit_matrices(case: Case) -> None
     assert_same(block(projector, case), torch.stack(expected))
 
 
+def test_kronecker_block_in_float32_is_that_in_float64(case: Case) -> None:
+    """In float32 on a CPU tokens are projected by a convolution, in float64 by a matrix product."""
+    projector = build("kronecker", [case.layer])
+    expected = block(projector, case)
+    narrow = projector.block(case.layer, projector.keep(case.layer, case.inputs.float()), case.output_gradients.float())
+    assert narrow.dtype == torch.float32
+    assert (narrow - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
 @pytest.mark.parametrize("kind", ["rademacher", "normal"])
 def test_dense_block_is_the_product_with_the_explicit_matrix(
     case: Case, kind: str, monkeypatch: pytest.MonkeyPatch

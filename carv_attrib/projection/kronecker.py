@@ -173,8 +173,9 @@ def project_tokens(
 ) -> Float[Tensor, "rows rank tokens"]:
     """Return the product of a matrix with every token, by one product for all rows.
 
-    In float32 on a CPU it is written as a 1 x 1 convolution of pixels side by side: matrix libraries take twice as long
-    for so few outputs. The memory is read as it lies, channels last.
+    In float32 on a CPU it is written as a 1 x 1 convolution with channels last, which is how the memory lies: matrix
+    libraries take longer for so few outputs (`scripts/bench_featurize.py`). With channels first it is the other way
+    round, see `mix_channels`.
     """
     tokens = inputs.reshape(len(inputs), -1, inputs.shape[-1])
     if inputs.device.type == "cpu" and inputs.dtype == torch.float32:
