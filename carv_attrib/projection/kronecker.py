@@ -173,9 +173,8 @@ def project_tokens(
 ) -> Float[Tensor, "rows rank tokens"]:
     """Return the product of a matrix with every token, by one product for all rows.
 
-    In float32 on a CPU it is written as a 1 x 1 convolution with channels last, which is how the memory lies: matrix
-    libraries take longer for so few outputs (`scripts/bench_featurize.py`). With channels first it is the other way
-    round, see `mix_channels`.
+    In float32 on a CPU it is written as a 1 x 1 convolution with channels last, which is how the memory lies: there the
+    matrix library takes longer for so few outputs. With channels first it is the other way round, see `mix_channels`.
     """
     tokens = inputs.reshape(len(inputs), -1, inputs.shape[-1])
     if inputs.device.type == "cpu" and inputs.dtype == torch.float32:
