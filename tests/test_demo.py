@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,21 @@ def test_the_packaged_teachers_are_small_and_free_of_pickles(folder: Path) -> No
 def test_the_packaged_teacher_takes_grey_digits_of_ten_classes() -> None:
     teacher = load_teacher("demo")
     assert (teacher.pixel_spec.height, teacher.pixel_spec.channels, teacher.num_classes) == (32, 1, 10)
+
+
+def test_loading_says_nothing_about_packages_that_are_not_needed(caplog: pytest.LogCaptureFixture) -> None:
+    log = logging.getLogger("diffusers")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    log.addHandler(caplog.handler)
+    try:
+        load_teacher("demo")
+        load_teacher("demo-pixels")
+        generate([0], num_inference_steps=1)
+    finally:
+        log.removeHandler(caplog.handler)
+        log.setLevel(level)
+    assert not caplog.records
 
 
 def test_generated_digits_are_of_the_asked_class() -> None:

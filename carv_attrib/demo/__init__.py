@@ -20,7 +20,8 @@ def generate(labels: Sequence[int], *, seed: int = 0, num_inference_steps: int =
     """Return one 32 x 32 digit that the packaged teacher generates for each label."""
     from diffusers import DiTPipeline
 
-    pipeline = DiTPipeline.from_pretrained(Path(__file__).parent / "teacher", use_safetensors=True)
+    folder = Path(__file__).parent / "teacher"
+    pipeline = DiTPipeline.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     images: list[Image.Image] = pipeline(

@@ -99,7 +99,9 @@ def load_module(kind: Any, folder: Path) -> Any:
     Raises:
         TeacherError: if weights are missing, which the libraries would draw at random with no more than a warning.
     """
-    module, info = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    # what diffusers falls back to without accelerate, after many lines about it
+    plain = {"low_cpu_mem_usage": False} if kind.__module__.startswith("diffusers.") else {}
+    module, info = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **plain)
     if missing := sorted(info["missing_keys"]):
         raise TeacherError(f"{folder} lacks {len(missing)} weights of a {kind.__name__}, such as {missing[0]!r}.")
     return module

@@ -24,7 +24,7 @@ def load(folder: Path, source: str, device: torch.device, dtype: torch.dtype) ->
     from diffusers import DDPMPipeline, UNet2DModel
 
     unet = load_module(UNet2DModel, folder / "unet")
-    pipeline = DDPMPipeline.from_pretrained(folder, unet=unet)
+    pipeline = DDPMPipeline.from_pretrained(folder, unet=unet, low_cpu_mem_usage=False)
     freeze(unet, device=device, dtype=dtype)
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size

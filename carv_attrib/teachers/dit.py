@@ -25,7 +25,7 @@ def load(folder: Path, source: str, device: torch.device, dtype: torch.dtype) ->
 
     transformer = load_module(DiTTransformer2DModel, folder / "transformer")
     vae = load_module(AutoencoderKL, folder / "vae")
-    pipeline = DiTPipeline.from_pretrained(folder, transformer=transformer, vae=vae)
+    pipeline = DiTPipeline.from_pretrained(folder, transformer=transformer, vae=vae, low_cpu_mem_usage=False)
     freeze(transformer, vae, device=device, dtype=dtype)
     size = transformer.config.sample_size
     pixels = latent_pixels(vae, size)

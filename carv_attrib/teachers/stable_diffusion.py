@@ -30,6 +30,7 @@ def load(folder: Path, source: str, device: torch.device, dtype: torch.dtype) ->
     text_model = load_module(CLIPTextModel, folder / "text_encoder")
     pipeline = StableDiffusionPipeline.from_pretrained(
         folder,
+        low_cpu_mem_usage=False,
         unet=unet,
         vae=vae,
         text_encoder=text_model,
