@@ -60,6 +60,8 @@ class GroundTruth:
         Raises:
             DataError: if the file cannot be read, or lacks something.
         """
+        if Path(path).is_file() and not zipfile.is_zipfile(path):
+            raise DataError(f"`ground_truth` {path} must be an .npz file; see docs/evaluation.md.")
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}

@@ -55,10 +55,8 @@ def verify(path: str | Path) -> list[str]:
     """
     store = FeatureStore.open(path)
     problems = store.verify()
-    for check in (
-        lambda: load_kernel(store.path / "kernel.safetensors"),
-        lambda: read_index_settings(store, read_all=True),
-    ):
+    kernel = store.path / "kernel.safetensors"
+    for check in (lambda: kernel.exists() and load_kernel(kernel), lambda: read_index_settings(store, read_all=True)):
         try:
             check()
         except CarvError as err:

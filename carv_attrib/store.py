@@ -303,7 +303,10 @@ class FeatureStore:
 
     def verify(self) -> list[str]:
         """Return one line for everything that is wrong: damaged, missing or inconsistent files."""
-        problems = [f"part {part} is missing: run featurize again" for part in self.missing_parts()]
+        problems = []
+        if missing := self.missing_parts():
+            first = f"{len(missing)} of {self.num_parts} parts are missing, the first is part {missing[0]}"
+            problems.append(f"{first}; run featurize again.")
         for part in self.parts:
             try:
                 features = self.read_part(part)

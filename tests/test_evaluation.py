@@ -102,11 +102,14 @@ def test_the_command_prints_a_table_or_json(tiny_index: Path, save: Any) -> None
 
 def test_a_file_that_is_wrong_is_one_line(tiny_index: Path, tmp_path: Path, save: Any) -> None:
     (tmp_path / "text.npz").write_text("losses")
-    with pytest.raises(DataError, match="`ground_truth` .*text.npz cannot be read: "):
+    with pytest.raises(DataError, match="`ground_truth` .*text.npz must be an .npz file; see docs/evaluation.md"):
         GroundTruth.load(tmp_path / "text.npz")
-    (tmp_path / "empty.npz").touch()
-    with pytest.raises(DataError, match="`ground_truth` .*empty.npz cannot be read: "):
-        GroundTruth.load(tmp_path / "empty.npz")
+    with pytest.raises(DataError, match="`ground_truth` .*none.npz cannot be read: .*No such file"):
+        GroundTruth.load(tmp_path / "none.npz")
+    whole = save().read_bytes()
+    (tmp_path / "damaged.npz").write_bytes(whole[:200] + b"x" * 100 + whole[300:])
+    with pytest.raises(DataError, match="`ground_truth` .*damaged.npz cannot be read: "):
+        GroundTruth.load(tmp_path / "damaged.npz")
     with pytest.raises(DataError, match=r"must have an array masks \(models, train\) .* its shape is \(\); see"):
         GroundTruth.load(save(masks=None))
     with pytest.raises(DataError, match=r"must have an array losses \(models, queries, strata\)"):

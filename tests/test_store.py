@@ -244,7 +244,7 @@ def test_missing_truncated_and_swapped_files_are_found(store: FeatureStore) -> N
     os.truncate(store.features_path(1), 100)
     shutil.copy(store.examples_path(0), store.examples_path(2))
     problems = FeatureStore.open(store.path).verify()
-    assert any("part 0 is missing" in problem for problem in problems)
+    assert "1 of 3 parts are missing, the first is part 0; run featurize again." in problems
     assert any("part-000001.safetensors is damaged" in problem for problem in problems)
     assert any("part-000002.parquet does not list the examples" in problem for problem in problems)
 
