@@ -256,11 +256,12 @@ def test_an_index_whose_writing_was_stopped_is_none(store: FeatureStore, monkeyp
     FeatureIndex.build(store, kernel, score="dot", damping=0.2).save(store.path)
 
     def stop(path: Path) -> str:
-        raise KeyboardInterrupt
+        raise RuntimeError("stopped")
 
     monkeypatch.setattr("carv_attrib.index.file_digest", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RuntimeError, match="stopped"):
         FeatureIndex.build(store, kernel, score="preconditioned", damping=0.2).save(store.path)
+    monkeypatch.undo()
     with pytest.raises(StoreError, match="has no index yet"):
         read_index_settings(store)
 
