@@ -6,7 +6,6 @@ Opening reads no image. `datasets`, `pyarrow` and `sklearn` are imported only wh
 from __future__ import annotations
 
 import glob
-import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +22,6 @@ from carv_attrib.errors import ArgumentError, DataError
 if TYPE_CHECKING:
     import datasets
 
-_log = logging.getLogger(__name__)
 _SPLIT_FOLDERS = frozenset("train training val valid validation dev test testing eval evaluation".split())
 _ARCHIVES = frozenset((".zip", ".tar"))
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -104,7 +102,6 @@ def _open_splits(source: str | Path | datasets.Dataset) -> tuple[dict[str, datas
         return _open_parquet(path, name), name, None
     if not _HUB_ID.fullmatch(str(source)) or _FILE_SUFFIX.search(str(source)):
         raise DataError(f"`dataset` must exist, {name} does not; {_SOURCES}.")
-    _log.warning("no such path here: %s; looking for it on the hub.", name)
     as_hub_id = f"{name} (no such path here, so taken as a hub id)"
     return _load(datasets.load_dataset, str(source), name=as_hub_id), name, None
 
