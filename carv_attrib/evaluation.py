@@ -68,7 +68,7 @@ class GroundTruth:
         except _READ_ERRORS as err:
             raise DataError(f"`ground_truth` {path} cannot be read: {' '.join(str(err).split())}.") from err
         _check_shapes(path, arrays)
-        models = []
+        models, num_seeds = [], len(np.unique(arrays["seeds"]))
         for subset in np.unique(arrays["subsets"]):
             own = np.flatnonzero(arrays["subsets"] == subset)
             own = own[np.argsort(arrays["seeds"][own], kind="stable")]
@@ -77,7 +77,7 @@ class GroundTruth:
                     f"`ground_truth` {path} must have one mask for a subset and one model for each of its seeds, "
                     f"subset {subset} has several."
                 )
-            if len(own) == len(np.unique(arrays["seeds"])):
+            if len(own) == num_seeds:
                 models.append(own)
         if len(models) < 3:
             raise DataError(f"`ground_truth` {path} must have at least 3 whole subsets, has {len(models)}.")

@@ -21,8 +21,16 @@ def spearman(first: Float[np.ndarray, "rows columns"], second: Float[np.ndarray,
     >>> spearman(np.array([[1.0], [2.0], [9.0]]), np.array([[3.0], [5.0], [6.0]]))
     array([1.])
     """
-    ranks = [rankdata(values, axis=0) for values in (first, second)]
-    a, b = (r - r.mean(0) for r in ranks)
+    return _correlations(_centred_ranks(first), _centred_ranks(second))
+
+
+def _centred_ranks(values: np.ndarray) -> np.ndarray:
+    ranks = rankdata(values, axis=0)
+    centred: np.ndarray = ranks - ranks.mean(0)
+    return centred
+
+
+def _correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     norms = np.sqrt((a**2).sum(0) * (b**2).sum(0))
     correlations: np.ndarray = np.divide((a * b).sum(0), norms, out=np.zeros(len(norms)), where=norms > 0)
     return correlations
@@ -50,51 +58,42 @@ def linear_datamodeling_score(
     Raises:
         ArgumentError: for fewer than three subsets.
     """
-    resampled = _resampled_means(predicted, losses, num_bootstrap)
-    return {
-        name: Measured(float(spearman(own, losses).mean()), float(np.std(resampled[name], ddof=1)))
-        for name, own in predicted.items()
-    }
+    resampled = resampled_lds(predicted, losses, num_bootstrap=num_bootstrap)
+    return {name: measured(values) for name, values in resampled.items()}
 
 
-def paired_differences(
+def resampled_lds(
     predicted: Mapping[str, Float[np.ndarray, "subsets queries"]],
     losses: Float[np.ndarray, "subsets queries"],
-    baseline: str,
     *,
     num_bootstrap: int = NUM_BOOTSTRAP,
-) -> dict[str, Measured]:
-    """Return the LDS of each method less that of the baseline; the error is of the difference, resamples being shared.
+) -> dict[str, Float[np.ndarray, " resamples"]]:
+    """Return the LDS of each method on all subsets and queries, then on resamples of both, the same for all methods.
+
+    `measured` of the difference of two of them is the difference of two methods, with the error of the difference.
 
     Raises:
         ArgumentError: for fewer than three subsets.
     """
-    resampled = _resampled_means(predicted, losses, num_bootstrap)
-    reference = spearman(predicted[baseline], losses).mean()
-    return {
-        name: Measured(
-            float(spearman(own, losses).mean() - reference),
-            float(np.std(resampled[name] - resampled[baseline], ddof=1)),
-        )
-        for name, own in predicted.items()
-    }
-
-
-def _resampled_means(
-    predicted: Mapping[str, np.ndarray], losses: np.ndarray, num_bootstrap: int
-) -> dict[str, np.ndarray]:
-    """Return the LDS of each method on the same resamples of subsets and queries."""
     num_subsets, num_queries = losses.shape
     if num_subsets < 3:
         raise ArgumentError(f"a rank correlation over subsets needs at least 3 of them, got {num_subsets}.")
     generator = stream(0, "bootstrap of subsets and queries")
     means: dict[str, list[float]] = {name: [] for name in predicted}
-    for _ in range(num_bootstrap):
-        rows = generator.integers(num_subsets, size=num_subsets)
-        columns = generator.integers(num_queries, size=num_queries)
+    rows: np.ndarray = np.arange(num_subsets)
+    columns: np.ndarray = np.arange(num_queries)
+    for _ in range(num_bootstrap + 1):
+        true_ranks = _centred_ranks(losses[rows])
         for name, own in predicted.items():
-            means[name].append(float(spearman(own[rows], losses[rows])[columns].mean()))
+            means[name].append(float(_correlations(_centred_ranks(own[rows]), true_ranks)[columns].mean()))
+        rows = generator.integers(num_subsets, size=(num_subsets,))
+        columns = generator.integers(num_queries, size=(num_queries,))
     return {name: np.array(values) for name, values in means.items()}
+
+
+def measured(resampled: Float[np.ndarray, " resamples"]) -> Measured:
+    """Return the first value, with the standard deviation of the others as its error."""
+    return Measured(float(resampled[0]), float(np.std(resampled[1:], ddof=1)))
 
 
 def seed_ceiling(losses: Float[np.ndarray, "subsets seeds queries"]) -> tuple[Measured, Measured]:

@@ -25,19 +25,17 @@ import click
 import numpy as np
 import torch
 from benchmark import describe_machine
-from make_lds_ground_truth import FOLDER, TASKS, load_digits
-from PIL import Image
+from make_lds_ground_truth import FOLDER, TASKS, load_digits, query_pixels
 from rich.console import Console
 from rich.table import Table
 
 from carv_attrib import featurize, load_teacher
-from carv_attrib.data import to_pixels
 from carv_attrib.data.sources import open_digits
 from carv_attrib.estimator import Estimator, average_bands
 from carv_attrib.evaluation import GroundTruth
 from carv_attrib.kernel import KernelKind, ScoreKind, fit_kernel, similarity
 from carv_attrib.manifest import restore_estimator
-from carv_attrib.metrics import linear_datamodeling_score, paired_differences, predicted_losses, seed_ceiling, spearman
+from carv_attrib.metrics import measured, predicted_losses, resampled_lds, seed_ceiling, spearman
 from carv_attrib.seeding import stream
 from carv_attrib.store import FeatureStore, atomic_file
 from carv_attrib.teacher import Teacher
@@ -109,8 +107,8 @@ def score_at_dampings(
     estimator: Estimator, store: FeatureStore, method: Method, truth: GroundTruth
 ) -> dict[str, np.ndarray]:
     """Return the scores of all queries, whose features are made once, at every damping."""
-    spec, labels = estimator.teacher.pixel_spec, truth.query_labels.tolist()
-    pixels = torch.stack([to_pixels(Image.fromarray(picture), spec) for picture in truth.query_images])
+    labels = truth.query_labels.tolist()
+    pixels = query_pixels(estimator.teacher, truth.query_images)
     ids = [-1 - row for row in range(len(pixels))]
     draws = estimator.draws(ids)
     encoded = estimator.encode(pixels, None if min(labels) < 0 else labels, None, ids)
@@ -129,8 +127,7 @@ def score_at_dampings(
 def baselines(task: str, truth: GroundTruth) -> dict[str, np.ndarray]:
     """Return random scores, and cosines of pixels and of latents."""
     digits = load_digits(task)
-    spec = digits.teacher.pixel_spec
-    queries = torch.stack([to_pixels(Image.fromarray(picture), spec) for picture in truth.query_images])
+    queries = query_pixels(digits.teacher, truth.query_images)
     pairs = {
         "pixel cosine": ((queries + 1) / 2, (digits.images + 1) / 2),
         "latent cosine": (digits.teacher.encode(queries), digits.latents),
@@ -164,12 +161,12 @@ def evaluate(scores: dict[str, dict[str, np.ndarray]], truth: GroundTruth) -> di
         chosen_on = {name: by_damping(own, truth, queries, even) for name, own in scores.items()}
         best = {name: max(found, key=lambda damping: found[damping]) for name, found in chosen_on.items()}
         predicted = {name: predicted_losses(own[best[name]][queries], truth.masks[odd]) for name, own in scores.items()}
-        values = linear_datamodeling_score(predicted, losses.mean(1))
-        differences = paired_differences(predicted, losses.mean(1), DEFAULT) if DEFAULT in predicted else {}
+        resampled = resampled_lds(predicted, losses.mean(1))
+        default = resampled.get(DEFAULT)
         rows = {
             name: {
-                "lds": astuple(values[name]),
-                "less_default": astuple(differences[name]) if differences else None,
+                "lds": astuple(measured(resampled[name])),
+                "less_default": None if default is None else astuple(measured(resampled[name] - default)),
                 "damping": best[name],
                 "by_damping_even": chosen_on[name],
             }

@@ -33,17 +33,18 @@ import numpy as np
 import torch
 import train_demo_teacher
 import train_pixel_teacher
-from diffusers import DDPMPipeline, DiTPipeline
+from diffusers import DDPMPipeline, DiffusionPipeline, DiTPipeline
 from PIL import Image
 from torch import Tensor, nn
 
 from carv_attrib import load_teacher
-from carv_attrib.data import PixelSpec, to_pixels
+from carv_attrib.data import to_pixels
 from carv_attrib.gradient import row_objective
 from carv_attrib.sampling import sample_draws, uniform_proposal
 from carv_attrib.seeding import choose_positions, stream_key
 from carv_attrib.store import atomic_file
 from carv_attrib.teacher import Teacher
+from carv_attrib.teachers import PACKAGED
 
 FOLDER = Path("docs/benchmarks/lds")
 NUM_HELD_OUT = NUM_GENERATED = 100
@@ -58,31 +59,15 @@ class Task:
 
     Attributes:
         packaged: the teacher whose encoder and schedule it has.
-        pixels: what it takes.
         new_denoiser: an untrained one.
-        pipeline: from a trained one.
+        component: its name in the pipeline.
         generate: 100 pictures from a pipeline, and their labels.
     """
 
     packaged: str
-    pixels: PixelSpec
     new_denoiser: Callable[[], nn.Module]
-    pipeline: Callable[[nn.Module], Any]
+    component: str
     generate: Callable[[Any], tuple[list[Image.Image], list[int]]]
-
-
-def demo_pipeline(denoiser: nn.Module) -> DiTPipeline:
-    """Return the packaged pipeline with another denoiser."""
-    pipeline = DiTPipeline.from_pretrained("carv_attrib/demo/teacher", use_safetensors=True)
-    pipeline.register_modules(transformer=denoiser)
-    return pipeline
-
-
-def pixel_pipeline(denoiser: nn.Module) -> DDPMPipeline:
-    """Return the packaged pixel pipeline with another denoiser."""
-    pipeline = DDPMPipeline.from_pretrained("carv_attrib/demo/pixel_teacher", use_safetensors=True)
-    pipeline.register_modules(unet=denoiser)
-    return pipeline
 
 
 def generate_demo(pipeline: DiTPipeline) -> tuple[list[Image.Image], list[int]]:
@@ -99,10 +84,8 @@ def generate_pixels(pipeline: DDPMPipeline) -> tuple[list[Image.Image], list[int
 
 
 TASKS = {
-    "demo": Task("demo", train_demo_teacher.PIXELS, train_demo_teacher.new_denoiser, demo_pipeline, generate_demo),
-    "pixels": Task(
-        "demo-pixels", train_pixel_teacher.PIXELS, train_pixel_teacher.new_denoiser, pixel_pipeline, generate_pixels
-    ),
+    "demo": Task("demo", train_demo_teacher.new_denoiser, "transformer", generate_demo),
+    "pixels": Task("demo-pixels", train_pixel_teacher.new_denoiser, "unet", generate_pixels),
 }
 
 
@@ -134,9 +117,8 @@ class Digits:
 @cache
 def load_digits(name: str) -> Digits:
     """Return the digits of a task, encoded, and how they are split."""
-    task = TASKS[name]
-    teacher = load_teacher(task.packaged, device="cpu")
-    images, labels = train_demo_teacher.digits(task.pixels)
+    teacher = load_teacher(TASKS[name].packaged, device="cpu")
+    images, labels = train_demo_teacher.digits(teacher.pixel_spec)
     with torch.no_grad():
         latents = torch.cat([teacher.encode(chunk) for chunk in images.split(256)])
     order = choose_positions(stream_key(SEED, "held-out"), torch.arange(len(images)), len(images))
@@ -169,12 +151,17 @@ def train_on(name: str, rows: Tensor, *stream_name: str | int, epochs: float) ->
     return denoiser.eval().requires_grad_(False)
 
 
+def query_pixels(teacher: Teacher, pictures: np.ndarray) -> Tensor:
+    """Return the pictures of the queries as a teacher takes them."""
+    return torch.stack([to_pixels(Image.fromarray(picture), teacher.pixel_spec) for picture in pictures])
+
+
 @torch.no_grad()
 def query_losses(name: str, denoiser: nn.Module, pictures: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return the mean loss of each query in each stratum of timesteps, (queries, strata), in float32."""
     digits = load_digits(name)
     teacher = digits.teacher
-    latents = teacher.encode(torch.stack([to_pixels(Image.fromarray(x), teacher.pixel_spec) for x in pictures]))
+    latents = teacher.encode(query_pixels(teacher, pictures))
     draws = sample_draws(
         uniform_proposal(teacher.noise_schedule.num_timesteps),
         teacher.latent_shape,
@@ -196,9 +183,12 @@ def query_losses(name: str, denoiser: nn.Module, pictures: np.ndarray, labels: n
 def make_teacher(name: str, folder: Path, epochs: float) -> None:
     """Train the teacher on all training digits, save it, and keep the queries, with no models yet."""
     digits, task = load_digits(name), TASKS[name]
-    pipeline = task.pipeline(train_on(name, digits.train_ids, name, "teacher", epochs=epochs))
+    denoiser = train_on(name, digits.train_ids, name, "teacher", epochs=epochs)
+    packaged = Path("carv_attrib/demo") / PACKAGED[task.packaged]
+    pipeline = DiffusionPipeline.from_pretrained(packaged, use_safetensors=True)
+    pipeline.register_modules(**{task.component: denoiser})
     pipeline.to(torch.float16).save_pretrained(folder / "teacher", safe_serialization=True)
-    pipeline = type(pipeline).from_pretrained(folder / "teacher", use_safetensors=True)
+    pipeline = DiffusionPipeline.from_pretrained(folder / "teacher", use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     generated, generated_labels = task.generate(pipeline)
     held_out = [train_demo_teacher.from_pixels(digits.images[row]) for row in digits.held_out_ids]

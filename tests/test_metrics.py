@@ -9,8 +9,9 @@ from scipy.stats import spearmanr
 from carv_attrib.errors import ArgumentError
 from carv_attrib.metrics import (
     linear_datamodeling_score,
-    paired_differences,
+    measured,
     predicted_losses,
+    resampled_lds,
     seed_ceiling,
     spearman,
 )
@@ -96,7 +97,8 @@ def test_differences_of_paired_methods_have_smaller_errors_than_the_methods(effe
     like = effects + 0.2 * stream(0, "errors").standard_normal(effects.shape)
     predicted = {name: predicted_losses(own, masks) for name, own in (("a", effects), ("b", like))}
     alone = linear_datamodeling_score(predicted, losses[:, 0], num_bootstrap=200)
-    difference = paired_differences(predicted, losses[:, 0], "a", num_bootstrap=200)
+    resampled = resampled_lds(predicted, losses[:, 0], num_bootstrap=200)
+    difference = {name: measured(values - resampled["a"]) for name, values in resampled.items()}
     assert difference["a"].value == difference["a"].standard_error == 0
     assert difference["b"].value == pytest.approx(alone["b"].value - alone["a"].value)
     assert difference["b"].standard_error < 0.5 * alone["b"].standard_error
