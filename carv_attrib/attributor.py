@@ -6,29 +6,54 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Float, Float64, Int64
 from PIL import Image
 from torch import Tensor
 
 from carv_attrib.config import FeaturizeConfig, check_at_least, check_choice
 from carv_attrib.data import open_image, thumbnail, to_pixels
 from carv_attrib.errors import ArgumentError, StoreError
-from carv_attrib.estimator import Estimator, average_bands, check_finite
+from carv_attrib.estimator import Encoded, Estimator, average_bands, check_finite
 from carv_attrib.index import FeatureIndex, IndexSettings, read_index_settings
-from carv_attrib.kernel import Kernel, KernelKind, ScoreKind, fit_kernel, load_kernel, similarity
+from carv_attrib.kernel import Damping, Kernel, KernelKind, ScoreKind, fit_kernel, load_kernel
 from carv_attrib.manifest import restore_estimator
+from carv_attrib.refinement import Refinement, encode_candidates, more_replicates
 from carv_attrib.report import Match, QueryResult
+from carv_attrib.scores import BandScores, join, score_bands
 from carv_attrib.store import FeatureStore
 from carv_attrib.teacher import Teacher
 from carv_attrib.teachers import load_teacher
 
+if TYPE_CHECKING:
+    import datasets
+
 ImageLike = str | Path | Image.Image
+Choice = tuple[ScoreKind, KernelKind, Damping]
+
+NUM_CANDIDATES = 200
+"""Examples from the index, at least, that are scored exactly and compete for the top."""
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Pictures that are asked about, after the expensive upstream work.
+
+    Attributes:
+        pixels: in [-1, 1].
+        ids: negative ids, unlike any example's.
+        encoded: latents and conditions.
+    """
+
+    pixels: Float[Tensor, "queries channels height width"]
+    ids: list[int]
+    encoded: Encoded
 
 
 class Attributor:
@@ -39,23 +64,36 @@ class Attributor:
     """
 
     def __init__(
-        self, store: FeatureStore, settings: IndexSettings, teacher: Teacher | str | Path, device: str
+        self,
+        store: FeatureStore,
+        settings: IndexSettings,
+        teacher: Teacher | str | Path,
+        device: str,
+        dataset: str | Path | datasets.Dataset,
     ) -> None:
         self.store = store
         self._settings = settings
         self._teacher = teacher
         self._device = device
+        self._dataset = dataset
         self._kernels: dict[KernelKind, Kernel] = {}
-        self._indexes: dict[tuple[ScoreKind, KernelKind, float], FeatureIndex] = {}
+        self._indexes: dict[Choice, FeatureIndex] = {}
         self.ids: Int64[np.ndarray, " train"] = np.sort(store.ids)
 
     @staticmethod
-    def open(path: str | Path, *, teacher: Teacher | str | Path | None = None, device: str = "auto") -> Attributor:
+    def open(
+        path: str | Path,
+        *,
+        teacher: Teacher | str | Path | None = None,
+        dataset: str | Path | datasets.Dataset | None = None,
+        device: str = "auto",
+    ) -> Attributor:
         """Return the index in a folder.
 
         Args:
             path: the folder that `featurize` wrote.
             teacher: a loaded teacher, or where it lies now; by default, where it was when the index was made.
+            dataset: where the training examples lie now, for `refine`; by default, where they were.
             device: for a teacher that is not loaded yet; it is, with the first query.
 
         Raises:
@@ -63,7 +101,13 @@ class Attributor:
             StoreCorruptError: if a file is damaged.
         """
         store = FeatureStore.open(path)
-        return Attributor(store, read_index_settings(store), teacher or store.manifest["teacher"]["source"], device)
+        return Attributor(
+            store,
+            read_index_settings(store),
+            teacher or store.manifest["teacher"]["source"],
+            device,
+            store.manifest["dataset"]["source"] if dataset is None else dataset,
+        )
 
     @cached_property
     def estimator(self) -> Estimator:
@@ -88,9 +132,12 @@ class Attributor:
         label: int | None = None,
         top_k: int = 10,
         opponents: bool = False,
+        refine: int | None = None,
+        target_se: float | None = None,
+        max_draws: int = 64,
         score: ScoreKind | None = None,
         kernel: KernelKind | None = None,
-        damping: float | None = None,
+        damping: Damping | None = None,
     ) -> QueryResult:
         """Return the training examples with the largest scores for an image, with standard errors.
 
@@ -100,37 +147,44 @@ class Attributor:
             label: the class that a class-conditional teacher made it for.
             top_k: how many examples to return.
             opponents: also return those with the smallest scores.
+            refine: take more draws of so many of the first examples (and of the query), and rank them again.
+            target_se: stop refining when the standard errors of all that are returned are at most this.
+            max_draws: stop refining at so many draws of an example, those of the index among them.
             score: preconditioned (default), dot, cosine or preconditioned-cosine; None: what the index was built for.
             kernel: over draws (default) or means; None: what the index was built for.
-            damping: lambda, relative to the mean eigenvalue; None: what the index was built for.
+            damping: lambda, relative to the mean eigenvalue, or auto; None: what the index was built for.
 
         Raises:
             ArgumentError: for a bad value, or a label or prompt that does not fit the teacher.
-            DataError: if the image cannot be read.
+            DataError: if the image, or with `refine` the data set, cannot be read.
         """
         started = time.perf_counter()
         check_at_least("top_k", top_k, 1)
-        score, kernel, damping = self._resolve(score, kernel, damping)
-        index = self._index(score, kernel, damping)
+        choice = self._resolve(score, kernel, damping)
+        refinement = None if refine is None else Refinement(refine, target_se, max_draws)
+        if refinement:
+            refinement.check(top_k, self.store.manifest)
+        elif target_se is not None:
+            raise ArgumentError("`target_se` is where refining stops; give `refine` too: how many examples to refine.")
         picture, name = _open(image)
-        draws, pixels = self._features(
-            [picture], None if label is None else [label], None if prompt is None else [prompt]
-        )
-        query = self._kernel(kernel).banded(draws)
-        both = [
-            index.search(sign * query, score=score, damping=damping, top_k=top_k)[0]
-            for sign in (1, -1)[: 1 + opponents]
-        ]
-        matches = [self._rescore(query, positions, score, kernel, damping) for positions in both]
+        asked = self._encode([picture], None if label is None else [label], None if prompt is None else [prompt])
+        query = self._features(asked)
+        positions = self._candidates(query, choice, refine or max(NUM_CANDIDATES, 2 * top_k), opponents=opponents)
+        train = self.store.read_features(positions.tolist())
+        evaluations = self.estimator.config.draws_per_example
+        if refinement:
+            query, train, more = self._refine(asked, positions, query, train, choice, refinement, top_k)
+            evaluations += more
+        found = self._score(query, train, choice)
         return QueryResult(
             query=name,
             condition=_describe_condition(label, prompt, self.store.manifest["dataset"]["label_names"]),
-            thumbnail=thumbnail(pixels[0]),
-            proponents=tuple(matches[0]),
-            opponents=tuple(reversed(matches[1])) if opponents else (),
-            settings=self._describe(score, kernel, damping),
+            thumbnail=thumbnail(asked.pixels[0]),
+            proponents=self._matches(found, positions, top_k),
+            opponents=self._matches(found.negated(), positions, top_k, sign=-1) if opponents else (),
+            settings=self._describe(*choice),
             cost={
-                "network_evaluations": self.estimator.config.draws_per_example,
+                "network_evaluations": evaluations,
                 "examples_searched": len(self.ids),
                 "seconds": round(time.perf_counter() - started, 3),
             },
@@ -144,7 +198,7 @@ class Attributor:
         labels: Sequence[int] | None = None,
         score: ScoreKind | None = None,
         kernel: KernelKind | None = None,
-        damping: float | None = None,
+        damping: Damping | None = None,
     ) -> Float64[np.ndarray, "queries train"]:
         """Return the score of every training example for every image; columns are `ids`.
 
@@ -164,7 +218,7 @@ class Attributor:
         labels: Sequence[int] | None = None,
         score: ScoreKind | None = None,
         kernel: KernelKind | None = None,
-        damping: float | None = None,
+        damping: Damping | None = None,
     ) -> tuple[Float64[np.ndarray, "queries train"], Float64[np.ndarray, "queries train"]]:
         """Return scores as `scores` does, and their Monte-Carlo standard errors (NaN where one draw leaves none).
 
@@ -172,34 +226,46 @@ class Attributor:
             ArgumentError: for a bad value, or labels or prompts that do not fit the teacher or the images.
             DataError: if an image cannot be read.
         """
-        score, kernel, damping = self._resolve(score, kernel, damping)
+        found = self.band_scores(images, prompts=prompts, labels=labels, score=score, kernel=kernel, damping=damping)
+        return found.scores.numpy(), found.standard_errors.numpy()
+
+    def band_scores(
+        self,
+        images: Sequence[ImageLike],
+        *,
+        prompts: Sequence[str] | None = None,
+        labels: Sequence[int] | None = None,
+        score: ScoreKind | None = None,
+        kernel: KernelKind | None = None,
+        damping: Damping | None = None,
+    ) -> BandScores:
+        """Return scores as `scores` does, in each band of timesteps, with all that is known of their errors.
+
+        Raises:
+            ArgumentError: for a bad value, or labels or prompts that do not fit the teacher or the images.
+            DataError: if an image cannot be read.
+        """
+        choice = self._resolve(score, kernel, damping)
         if isinstance(images, str | Path | Image.Image) or len(images) == 0:
             raise ArgumentError(f"`images` must be a list of at least one picture or path, got {images!r}.")
         for name, values in (("prompts", prompts), ("labels", labels)):
             if values is not None and len(values) != len(images):
                 raise ArgumentError(f"`{name}` must be as many as images (={len(images)}), got {len(values)}.")
-        fitted = self._kernel(kernel)
-        draws, _ = self._features([_open(image)[0] for image in images], labels, prompts)
-        query = fitted.banded(draws)
-        parts = [
-            self._similarity(query, fitted.banded(self.store.read_part(part).features), score, kernel, damping)
-            for part in self.store.parts
-        ]
+        query = self._features(self._encode([_open(image)[0] for image in images], labels, prompts))
         order = np.argsort(self.store.ids, kind="stable")
-        scores, errors = (torch.cat(column, dim=1).numpy()[:, order] for column in zip(*parts, strict=True))
-        return scores, errors
+        parts = [self._score(query, self.store.read_part(part).features, choice) for part in self.store.parts]
+        return join(parts).select(order)
 
-    def _resolve(
-        self, score: ScoreKind | None, kernel: KernelKind | None, damping: float | None
-    ) -> tuple[ScoreKind, KernelKind, float]:
+    def _resolve(self, score: ScoreKind | None, kernel: KernelKind | None, damping: Damping | None) -> Choice:
         """Return the given settings, those of the index in place of None."""
         if score is not None:
             check_choice("score", score, ScoreKind)
         if kernel is not None:
             check_choice("kernel", kernel, KernelKind)
-        if damping is not None and not 0 < damping < float("inf"):
-            raise ArgumentError(f"`damping` must be a positive number, got {damping}; 0.1 is the default.")
-        return score or self._settings.score, kernel or self._settings.kernel, damping or self._settings.damping
+        choice = score or self._settings.score, kernel or self._settings.kernel
+        chosen = self._settings.damping if damping is None else damping
+        self._kernel(choice[1]).damping(chosen)
+        return *choice, chosen
 
     def _kernel(self, kind: KernelKind) -> Kernel:
         """Return the stored kernel, or fit one of the other kind."""
@@ -211,73 +277,114 @@ class Attributor:
             raise StoreError(f"{self.store.path} was indexed again after it was opened; open it again.")
         return self._kernels[kind]
 
-    def _index(self, score: ScoreKind, kernel: KernelKind, damping: float) -> FeatureIndex:
+    def _index(self, choice: Choice) -> FeatureIndex:
         """Return the stored index if it serves, else one built in memory for this score."""
-        key = (score, kernel, damping)
-        if self._settings.serves(*key):
-            key = (self._settings.score, self._settings.kernel, self._settings.damping)
-            if key not in self._indexes:
-                self._indexes[key] = FeatureIndex.load(self.store, self._kernel(kernel))
-        elif key not in self._indexes:
-            self._indexes[key] = FeatureIndex.build(self.store, self._kernel(kernel), score=score, damping=damping)
-        return self._indexes[key]
+        score, kernel, damping = choice
+        if self._settings.serves(*choice):
+            choice = (self._settings.score, self._settings.kernel, self._settings.damping)
+            if choice not in self._indexes:
+                self._indexes[choice] = FeatureIndex.load(self.store, self._kernel(kernel))
+        elif choice not in self._indexes:
+            self._indexes[choice] = FeatureIndex.build(self.store, self._kernel(kernel), score=score, damping=damping)
+        return self._indexes[choice]
 
-    def _features(
+    def _encode(
         self, pictures: Sequence[Image.Image], labels: Sequence[int] | None, prompts: Sequence[str] | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the banded features and the pixels of pictures."""
-        estimator = self.estimator
-        pixels = torch.stack([to_pixels(picture, estimator.teacher.pixel_spec) for picture in pictures])
+    ) -> Queries:
+        """Return pictures after the expensive upstream work."""
+        pixels = torch.stack([to_pixels(picture, self.estimator.teacher.pixel_spec) for picture in pictures])
         ids = [_query_id(row) for row in pixels]
-        encoded = estimator.encode(pixels, labels, prompts, ids)
-        draws = estimator.draws(ids)
-        features = estimator.features(encoded, draws)
-        check_finite(features, [f"query {i}" for i in range(len(pictures))])
-        return average_bands(features, draws, estimator.config), pixels
+        return Queries(pixels, ids, self.estimator.encode(pixels, labels, prompts, ids))
 
-    def _similarity(
-        self, query: Tensor, train: Tensor, score: ScoreKind, kernel: KernelKind, damping: float
-    ) -> tuple[Tensor, Tensor]:
-        inverse = self._kernel(kernel).inverse(score, damping)
-        scores, errors = similarity(query, train, inverse, normalise=score.endswith("cosine"))
-        if self.store.manifest["config"]["scheme"] == "iid":  # sorted iid draws have no two independent halves
-            errors = torch.full_like(errors, float("nan"))
-        return scores, errors
+    def _features(self, queries: Queries) -> Float[Tensor, "queries bands replicates proj_dim"]:
+        """Return the banded features of queries, of the draws of the index."""
+        draws = self.estimator.draws(queries.ids)
+        features = self.estimator.features(queries.encoded, draws)
+        check_finite(features, [f"query {i}" for i in range(len(queries.ids))])
+        return average_bands(features, draws, self.estimator.config)
 
-    def _rescore(
+    def _candidates(
+        self, query: Tensor, choice: Choice, number: int, *, opponents: bool
+    ) -> Int64[np.ndarray, " candidates"]:
+        """Return the positions in the store of the examples with the largest (and the smallest) scores, increasing."""
+        score, kernel, damping = choice
+        banded, index = self._kernel(kernel).banded(query), self._index(choice)
+        signs = (1, -1) if opponents else (1,)
+        found = [index.search(sign * banded, score=score, damping=damping, top_k=number)[0] for sign in signs]
+        return np.unique(np.concatenate(found))
+
+    def _score(self, query: Tensor, train: Tensor, choice: Choice) -> BandScores:
+        """Return the scores of banded features."""
+        score, kind, damping = choice
+        kernel = self._kernel(kind)
+        return score_bands(
+            kernel.banded(query),
+            kernel.banded(train),
+            kernel.inverse(score, damping),
+            normalise=score.endswith("cosine"),
+            independent=self.store.manifest["config"]["scheme"] != "iid",  # sorted iid draws have no independent halves
+        )
+
+    def _refine(
         self,
+        asked: Queries,
+        positions: Int64[np.ndarray, " candidates"],
         query: Tensor,
-        positions: Int64[np.ndarray, " top_k"],
-        score: ScoreKind,
-        kernel: KernelKind,
-        damping: float,
-    ) -> list[Match]:
-        """Return the examples at some positions of the store, with exact scores from their features, largest first."""
-        features = self._kernel(kernel).banded(self.store.read_features(positions.tolist()))
-        scores, errors = (values[0].numpy() for values in self._similarity(query, features, score, kernel, damping))
+        train: Tensor,
+        choice: Choice,
+        refinement: Refinement,
+        top_k: int,
+    ) -> tuple[Tensor, Tensor, int]:
+        """Return features of a query and of candidates with more replicates, and the network evaluations it took."""
+        manifest, ids = self.store.manifest, self.store.ids[positions].tolist()
+        estimator = replace(self.estimator, micro_batch=manifest["micro_batch"])
+        candidates = encode_candidates(estimator, manifest, self._dataset, ids)
+        rounds = refinement.max_draws // estimator.config.num_draws - 1
+        for number in range(rounds):
+            query = torch.cat([query, more_replicates(estimator, asked.encoded, asked.ids, number)], dim=2)
+            train = torch.cat([train, more_replicates(estimator, candidates, ids, number)], dim=2)
+            found = self._score(query, train, choice)
+            shown = found.scores[0].topk(min(top_k, len(ids))).indices
+            if refinement.target_se and found.standard_errors[0, shown].max() <= refinement.target_se:
+                break
+        return query, train, (number + 1) * estimator.config.draws_per_example * (1 + len(ids))
+
+    def _matches(
+        self, found: BandScores, positions: Int64[np.ndarray, " candidates"], top_k: int, sign: int = 1
+    ) -> tuple[Match, ...]:
+        """Return the first of the candidates, largest score (times `sign`) first."""
+        probabilities = found.top_probabilities(top_k)[0].tolist()
+        scores, errors, reach = (
+            values[0].tolist() for values in (found.scores, found.standard_errors, found.half_widths)
+        )
+        best = np.argsort(-found.scores[0].numpy(), kind="stable")[:top_k]
         ids = self.store.ids[positions]
-        records = self.store.find_records(ids.tolist())
+        records = self.store.find_records(ids[best].tolist())
         names = self.store.manifest["dataset"]["label_names"]
-        return [
+        known = found.degrees_of_freedom > 0
+        return tuple(
             Match(
                 id=int(ids[i]),
-                key=records[int(ids[i])].key,
-                score=float(scores[i]),
-                standard_error=None if np.isnan(errors[i]) else float(errors[i]),
-                label=label_name(records[int(ids[i])].label, names),
-                caption=records[int(ids[i])].caption,
-                thumbnail=records[int(ids[i])].thumbnail,
+                key=(record := records[int(ids[i])]).key,
+                score=sign * scores[i],
+                standard_error=errors[i] if known else None,
+                low=sign * scores[i] - reach[i] if known else None,
+                high=sign * scores[i] + reach[i] if known else None,
+                top_probability=probabilities[i] if known else None,
+                label=label_name(record.label, names),
+                caption=record.caption,
+                thumbnail=record.thumbnail,
             )
-            for i in np.argsort(-scores, kind="stable")
-        ]
+            for i in best
+        )
 
-    def _describe(self, score: ScoreKind, kernel: KernelKind, damping: float) -> dict[str, Any]:
+    def _describe(self, score: ScoreKind, kernel: KernelKind, damping: Damping) -> dict[str, Any]:
         """Return the settings that a reader of a result needs."""
         config = FeaturizeConfig.from_flat(self.store.manifest["config"])
         names = ["num_draws", "num_bands", "scheme", "proposal", "noise", "weighting", "objective"]
         if config.estimator.random_encoding:
             names += ["num_encodings", "encoding", "augmentation"]
-        used = {"damping": damping} if score.startswith("preconditioned") else {}
+        used = {"damping": self._kernel(kernel).damping(damping)} if score.startswith("preconditioned") else {}
         return (
             {"score": score, "kernel": kernel}
             | used

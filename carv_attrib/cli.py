@@ -14,7 +14,7 @@ import click
 
 from carv_attrib.config import COMPONENTS, read_config_file
 from carv_attrib.errors import CarvError
-from carv_attrib.kernel import DEFAULT_DAMPING, KernelKind, ScoreKind
+from carv_attrib.kernel import KernelKind, ScoreKind
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 INDEX = click.argument("index", type=click.Path(path_type=Path))
@@ -84,13 +84,21 @@ def score_options(score: str, kernel: str, damping: str) -> Callable[[Command], 
     """Return a decorator that adds the flags that choose a score, with these defaults in their help."""
 
     def add(command: Command) -> Command:
-        command = click.option("--damping", type=float, help=f"Over the mean eigenvalue. [default: {damping}]")(command)
+        text = f"Over the mean eigenvalue, or auto. [default: {damping}]"
+        command = click.option("--damping", type=_damping, metavar="FLOAT|auto", help=text)(command)
         command = click.option("--kernel", type=click.Choice(get_args(KernelKind)), help=f"[default: {kernel}]")(
             command
         )
         return click.option("--score", type=click.Choice(get_args(ScoreKind)), help=f"[default: {score}]")(command)
 
     return add
+
+
+def _damping(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def aim_options(command: Command) -> Command:
@@ -160,7 +168,7 @@ def plan(config: Path | None, plot: Path | None, as_json: bool, **flags: Any) ->
 
 @main.command()
 @INDEX
-@score_options("preconditioned", "draws", str(DEFAULT_DAMPING))
+@score_options("preconditioned", "draws", "auto")
 def index(index: Path, **choices: Any) -> None:
     """Fit the kernel of INDEX and build its search index, for one score."""
     from carv_attrib.pipeline import build_index
@@ -179,14 +187,27 @@ def index(index: Path, **choices: Any) -> None:
 @click.option("--label", type=int, help="The class that a class-conditional teacher made it for.")
 @click.option("--top-k", type=int, default=10, show_default=True)
 @click.option("--opponents", is_flag=True, help="Also show the examples with the smallest scores.")
+@click.option("--refine", type=int, help="Take more draws of so many of the first examples, and rank them again.")
+@click.option("--target-se", type=float, help="Stop refining when the standard errors shown are at most this.")
+@click.option(
+    "--max-draws", type=int, default=64, show_default=True, help="Draws of an example, at most; for --refine."
+)
 @AS_INDEXED
 @click.option("--teacher", help="Where the teacher lies now, if it was moved.")
+@click.option("--dataset", help="Where the training examples lie now, if they were moved; for --refine.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--report", type=click.Path(path_type=Path), help="Write a web page in one file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 def query(
-    index: Path, teacher: str | None, device: str, report: Path | None, as_json: bool, as_csv: bool, **question: Any
+    index: Path,
+    teacher: str | None,
+    dataset: str | None,
+    device: str,
+    report: Path | None,
+    as_json: bool,
+    as_csv: bool,
+    **question: Any,
 ) -> None:
     """Show the training examples of INDEX that made the model produce an image."""
     from carv_attrib.attributor import Attributor
@@ -194,7 +215,8 @@ def query(
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other; give one of them.")
     _quiet_libraries()
-    result = Attributor.open(index, teacher=teacher, device=device).query(question.pop("image"), **question)
+    attributor = Attributor.open(index, teacher=teacher, dataset=dataset, device=device)
+    result = attributor.query(question.pop("image"), **question)
     if as_json:
         click.echo(json.dumps(result.to_dict(), indent=1))
     elif as_csv:

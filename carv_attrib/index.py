@@ -17,7 +17,7 @@ from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
 from carv_attrib.errors import StoreCorruptError, StoreError
-from carv_attrib.kernel import Kernel, KernelKind, ScoreKind
+from carv_attrib.kernel import Damping, Kernel, KernelKind, ScoreKind
 from carv_attrib.store import FeatureStore, atomic_file, file_digest
 
 FILES = ("kernel.safetensors", "index.faiss")
@@ -31,16 +31,16 @@ class IndexSettings:
     Attributes:
         score: the score whose inner products it holds.
         kernel: the kernel's kind.
-        damping: lambda_0, relative to the mean eigenvalue.
+        damping: lambda_0, relative to the mean eigenvalue; or auto.
         features_sha256: of the checksums of all parts, in the order of the store.
     """
 
     score: ScoreKind
     kernel: KernelKind
-    damping: float
+    damping: Damping
     features_sha256: str
 
-    def serves(self, score: ScoreKind, kernel: KernelKind, damping: float) -> bool:
+    def serves(self, score: ScoreKind, kernel: KernelKind, damping: Damping) -> bool:
         """Return whether an index built so can be searched for this score."""
         if "cosine" in (self.score + score):
             return (self.score, self.kernel, self.damping) == (score, kernel, damping)
@@ -57,7 +57,7 @@ class FeatureIndex:
         self._sqrt_inverse = kernel.inverse(settings.score, settings.damping).sqrt()
 
     @staticmethod
-    def build(store: FeatureStore, kernel: Kernel, *, score: ScoreKind, damping: float) -> FeatureIndex:
+    def build(store: FeatureStore, kernel: Kernel, *, score: ScoreKind, damping: Damping) -> FeatureIndex:
         """Return the index of all features of a store for one score.
 
         Raises:
@@ -77,7 +77,7 @@ class FeatureIndex:
         query: Float64[Tensor, "queries bands replicates d"],
         *,
         score: ScoreKind,
-        damping: float,
+        damping: Damping,
         top_k: int,
     ) -> Int64[np.ndarray, "queries top_k"]:
         """Return the positions of the examples with the largest scores, largest first.

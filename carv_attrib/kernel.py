@@ -1,7 +1,4 @@
-"""The preconditioner and the scores made with it (`docs/method.md`, eq. (9) and (10)).
-
-`score(q, i) = 1/B sum_b g_qb^T (H + lambda I)^{-1} g_ib`, everything in float64.
-"""
+"""The preconditioner of the scores, `(H + lambda I)^{-1}` (`docs/method.md`, eq. (9) and (9')), in float64."""
 
 from __future__ import annotations
 
@@ -25,7 +22,11 @@ from carv_attrib.store import FeatureStore, atomic_file
 KernelKind = Literal["draws", "means"]
 ScoreKind = Literal["preconditioned", "dot", "cosine", "preconditioned-cosine"]
 
+Damping = float | Literal["auto"]
+
 DEFAULT_DAMPING = 0.1
+"""What `auto` is where H is of too few examples to choose it: in pilots."""
+_LEAST_SHRINKAGE = 1e-6  # keeps lambda positive and finite
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,14 @@ class Kernel:
         eigenvalues: of H, increasing, not negative.
         eigenvectors: in columns.
         num_vectors: how many vectors H is the mean of.
+        auto_damping: lambda, relative to the mean eigenvalue, that was chosen from the vectors (eq. (9')).
     """
 
     kind: KernelKind
     eigenvalues: Float64[Tensor, " proj_dim"]
     eigenvectors: Float64[Tensor, "proj_dim proj_dim"]
     num_vectors: int
+    auto_damping: float = DEFAULT_DAMPING
 
     def banded(
         self, features: Float[Tensor, "*examples bands replicates d"]
@@ -52,23 +55,35 @@ class Kernel:
         rotated = features.double() @ self.eigenvectors
         return rotated if self.kind == "draws" else rotated.mean(-3, keepdim=True)
 
-    def inverse(self, score: ScoreKind, damping: float) -> Float64[Tensor, " proj_dim"]:
+    def damping(self, damping: Damping) -> float:
+        """Return lambda, relative to the mean eigenvalue: the given number, or what was chosen for `auto`.
+
+        Raises:
+            ArgumentError: for damping that is not positive.
+        """
+        if damping == "auto":
+            return self.auto_damping
+        if isinstance(damping, str) or not 0 < damping < float("inf"):
+            raise ArgumentError(f"`damping` must be a positive number or auto, got {damping}; auto is the default.")
+        return float(damping)
+
+    def inverse(self, score: ScoreKind, damping: Damping) -> Float64[Tensor, " proj_dim"]:
         """Return the diagonal of `(H + lambda I)^{-1}` in the eigenbasis, or ones for scores without it.
 
         Raises:
             ArgumentError: for damping that is not positive.
         """
-        if not 0 < damping < float("inf"):
-            raise ArgumentError(f"`damping` must be a positive number, got {damping}; 0.1 is the default.")
+        chosen = self.damping(damping)
         if not score.startswith("preconditioned"):
             return torch.ones_like(self.eigenvalues)
-        return 1 / (self.eigenvalues + damping * self.eigenvalues.mean())
+        return 1 / (self.eigenvalues + chosen * self.eigenvalues.mean())
 
     def save(self, path: Path) -> None:
         """Write the kernel to a safetensors file, atomically."""
         tensors = {"eigenvalues": self.eigenvalues, "eigenvectors": self.eigenvectors.contiguous()}
         # one entry of metadata: safetensors writes several in any order
-        about = json.dumps({"kind": self.kind, "num_vectors": self.num_vectors})
+        names = ("kind", "num_vectors", "auto_damping")
+        about = json.dumps({name: getattr(self, name) for name in names})
         with atomic_file(path) as temporary:
             save_file(tensors, temporary, metadata={"kernel": about})
 
@@ -88,20 +103,45 @@ def fit_kernel(store: FeatureStore, kind: KernelKind = "draws") -> Kernel:
             "use `kernel` draws, or featurize with fewer `num_bands`."
         )
     gram: Tensor = torch.zeros(())
-    num_vectors = 0
+    num_examples, num_vectors, squares = 0, 0, 0.0
     for vectors in _draws(store) if kind == "draws" else _means(store):
-        gram = gram + vectors.T @ vectors
-        num_vectors += len(vectors)
+        flat = vectors.flatten(0, 1)
+        gram = gram + flat.T @ flat
+        num_examples, num_vectors = num_examples + len(vectors), num_vectors + len(flat)
+        squares += float((vectors @ vectors.transpose(1, 2)).square().sum()) / vectors.shape[1] ** 2
     if num_vectors == 0:
         raise StoreError(f"{store.path} holds no features yet; run featurize first.")
-    return decompose(gram, num_vectors, kind)
+    return decompose(gram, num_vectors, kind, choose_damping(gram / num_vectors, squares / num_examples, num_examples))
 
 
-def decompose(gram: Float64[Tensor, "d d"], num_vectors: int, kind: KernelKind = "draws") -> Kernel:
+def decompose(
+    gram: Float64[Tensor, "d d"], num_vectors: int, kind: KernelKind = "draws", auto_damping: float = DEFAULT_DAMPING
+) -> Kernel:
     """Return the kernel whose H is `gram / num_vectors`, a mean of outer products."""
     with _one_thread():
         eigenvalues, eigenvectors = torch.linalg.eigh(gram / num_vectors)
-    return Kernel(kind, eigenvalues.clamp(min=0), eigenvectors, num_vectors)
+    return Kernel(kind, eigenvalues.clamp(min=0), eigenvectors, num_vectors, auto_damping)
+
+
+def choose_damping(hessian: Float64[Tensor, "d d"], mean_square: float, num_examples: int) -> float:
+    """Return the damping whose `H + lambda I` has the shape of the best estimate of H's expectation (eq. (9')).
+
+    H is the mean over n examples of `M_i`, the mean outer product of an example's draws. Of all
+    `(1 - rho) H + rho mu I`, with mu the mean eigenvalue, the one nearest to H's expectation has
+    `rho = sum of the variances of H's entries / ||H - mu I||^2` (Ledoit and Wolf 2004, for a mean that is known to be
+    zero, over examples and not over draws, which are not independent). The order of scores does not depend on the
+    scale, which leaves `lambda = rho / (1 - rho)` times mu.
+
+    Args:
+        hessian: H.
+        mean_square: mean over examples of the squared Frobenius norm of `M_i`.
+        num_examples: n.
+    """
+    size, square = len(hessian), float(hessian.square().sum())
+    distance = square - float(hessian.trace()) ** 2 / size
+    noise = (mean_square - square) / num_examples
+    rho = noise / distance if distance > 0 else 1.0
+    return min(max(rho, _LEAST_SHRINKAGE) / max(1 - rho, _LEAST_SHRINKAGE), 1 / _LEAST_SHRINKAGE)
 
 
 @contextmanager
@@ -115,50 +155,16 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _draws(store: FeatureStore) -> Iterable[Float64[Tensor, "vectors d"]]:
+def _draws(store: FeatureStore) -> Iterable[Float64[Tensor, "examples draws d"]]:
     """Yield every kept draw of the examples that feed the kernel, in the order of the store."""
     for part in store.parts:
-        yield store.read_part(part).kernel_draws.double().flatten(0, 1)
+        yield store.read_part(part).kernel_draws.double()
 
 
-def _means(store: FeatureStore) -> Iterable[Float64[Tensor, "vectors d"]]:
+def _means(store: FeatureStore) -> Iterable[Float64[Tensor, "examples one d"]]:
     """Yield the draw-averaged features of all examples."""
     for part in store.parts:
-        yield store.read_part(part).features.double().mean((1, 2))
-
-
-def similarity(
-    query: Float64[Tensor, "queries bands replicates d"],
-    train: Float64[Tensor, "train bands replicates d"],
-    inverse: Float64[Tensor, " d"],
-    *,
-    normalise: bool = False,
-) -> tuple[Float64[Tensor, "queries train"], Float64[Tensor, "queries train"]]:
-    """Return scores and their Monte-Carlo standard errors, of features in the kernel's eigenbasis.
-
-    The draws of each band are kept in two halves where there are enough of them. The scores of the halves differ by
-    chance and, alternate draws being of neighbouring strata, a little by the trend between those, so
-    `sum over bands of (difference / 2)^2 / B^2` estimates the variance of the score from above. (Not so for sorted iid
-    draws, whose halves are not independent.) With one half a band the successive differences
-    of the bands take its place, which also hold the trend over timesteps (too large); with one band nothing (NaN).
-    """
-    num_bands, num_replicates = train.shape[1:3]
-    query, train = query * inverse.sqrt(), train * inverse.sqrt()
-    if normalise:
-        query, train = (
-            x / x.mean(2).flatten(1).norm(dim=1).clamp(min=1e-300).view(-1, 1, 1, 1) for x in (query, train)
-        )
-        query, train = query * num_bands**0.5, train * num_bands**0.5
-    per_band = torch.einsum("qbd,nbd->bqn", query.mean(2), train.mean(2))
-    scores = per_band.mean(0)
-    if num_replicates == 2:
-        halves = torch.einsum("qbrd,nbrd->rbqn", query, train)
-        variance = (halves[0] - halves[1]).square().sum(0) / (4 * num_bands**2)
-    elif num_bands > 1:
-        variance = per_band.diff(dim=0).square().mean(0) / (2 * num_bands)
-    else:
-        variance = torch.full_like(scores, float("nan"))
-    return scores, variance.sqrt()
+        yield store.read_part(part).features.double().mean((1, 2)).unsqueeze(1)
 
 
 def load_kernel(path: Path) -> Kernel:
@@ -173,6 +179,6 @@ def load_kernel(path: Path) -> Kernel:
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["kernel"])
         tensors = load_file(path)
-        return Kernel(about["kind"], tensors["eigenvalues"], tensors["eigenvectors"], about["num_vectors"])
+        return Kernel(eigenvalues=tensors["eigenvalues"], eigenvectors=tensors["eigenvectors"], **about)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as err:
         raise StoreCorruptError(f"{path} is damaged: {err}; run `carv-attrib index`.") from err

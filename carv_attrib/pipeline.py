@@ -22,7 +22,7 @@ from carv_attrib.data import ExampleDataset, open_dataset
 from carv_attrib.errors import StoreError
 from carv_attrib.estimator import Estimator, average_bands, check_finite, kernel_vectors
 from carv_attrib.index import FeatureIndex, read_index_settings
-from carv_attrib.kernel import DEFAULT_DAMPING, KernelKind, ScoreKind, fit_kernel
+from carv_attrib.kernel import Damping, KernelKind, ScoreKind, fit_kernel
 from carv_attrib.latents import EncodedBatch, LatentCache, encoded_parts
 from carv_attrib.manifest import open_or_create
 from carv_attrib.memory import less_memory
@@ -138,7 +138,7 @@ def build_index(
     *,
     score: ScoreKind = "preconditioned",
     kernel: KernelKind = "draws",
-    damping: float = DEFAULT_DAMPING,
+    damping: Damping = "auto",
 ) -> FeatureIndex:
     """Fit the kernel of a store, build its FAISS index for one score, and write both.
 

@@ -32,10 +32,11 @@ from carv_attrib.batches import encode_batch, read_batch
 from carv_attrib.config import EstimatorConfig, FeaturizeConfig
 from carv_attrib.data import open_dataset
 from carv_attrib.estimator import Encoded, Estimator, average_bands, build_estimator, kernel_vectors
-from carv_attrib.kernel import DEFAULT_DAMPING, decompose, similarity
+from carv_attrib.kernel import DEFAULT_DAMPING, decompose
 from carv_attrib.manifest import run_pilot
 from carv_attrib.memory import less_memory
 from carv_attrib.sampling import Draws
+from carv_attrib.scores import score_bands
 from carv_attrib.variance import mean_and_error
 
 NUM_TRAIN, NUM_QUERIES = 200, 40
@@ -69,7 +70,7 @@ def scores(features: Tensor, draws: Draws, config: EstimatorConfig) -> Tensor:
     kernel = decompose(vectors.T @ vectors, len(vectors))
     bands = kernel.banded(average_bands(features, draws, config))
     inverse = kernel.inverse("preconditioned", DEFAULT_DAMPING)
-    return similarity(bands[-NUM_QUERIES:], bands[:-NUM_QUERIES], inverse)[0]
+    return score_bands(bands[-NUM_QUERIES:], bands[:-NUM_QUERIES], inverse).scores
 
 
 def measure_teacher(name: str, repetitions: int) -> list[dict[str, Any]]:

@@ -16,8 +16,9 @@ from carv_attrib.attributor import _query_id
 from carv_attrib.data import open_dataset
 from carv_attrib.errors import ArgumentError, DataError, StoreError, StoreMismatchError
 from carv_attrib.estimator import average_bands
-from carv_attrib.kernel import fit_kernel, similarity
+from carv_attrib.kernel import fit_kernel
 from carv_attrib.pipeline import build_index
+from carv_attrib.scores import score_bands
 from carv_attrib.store import FeatureStore
 from tests.conftest import SETTINGS
 
@@ -48,7 +49,8 @@ def test_query_features_are_the_training_features_up_to_float16(
 ) -> None:
     """Shared draws: the same picture gives the same features, whoever asks."""
     store = FeatureStore.open(attributor.store.path)
-    features, _ = attributor._features([image for image, _ in pictures[:3]], [label for _, label in pictures[:3]], None)
+    images, labels = [list(column) for column in zip(*pictures[:3], strict=True)]
+    features = attributor._features(attributor._encode(images, labels, None))
     stored = store.read_features([0, 1, 2])
     assert ((features - stored).abs().amax(-1) / features.abs().amax(-1)).max() < 2**-11
 
@@ -78,12 +80,12 @@ def test_every_score_can_be_asked_of_one_index(
     result = attributor.query(image, label=label, top_k=20, **options)
     scores = attributor.scores([image], labels=[label], **options)
     np.testing.assert_allclose(result.scores, np.sort(scores[0])[::-1], rtol=1e-6)
-    features, _ = attributor._features([image], [label], None)
+    features = attributor._features(attributor._encode([image], [label], None))
     fitted = fit_kernel(attributor.store, kernel)
     train = torch.cat([attributor.store.read_part(part).features for part in attributor.store.parts])
-    exact, _ = similarity(
+    exact = score_bands(
         fitted.banded(features), fitted.banded(train), fitted.inverse(score, damping), normalise="cosine" in score
-    )
+    ).scores
     np.testing.assert_allclose(scores, exact.numpy(), rtol=1e-9)
 
 
@@ -111,7 +113,8 @@ def test_a_query_is_encoded_as_the_training_examples_were(
     np.testing.assert_allclose(result.scores[0], together[0].max(), rtol=1e-9)
 
     estimator = attributor.estimator
-    features, pixels = attributor._features(images[:1], labels[:1], None)
+    asked = attributor._encode(images[:1], labels[:1], None)
+    features, pixels = attributor._features(asked), asked.pixels
     as_example_0 = estimator.encode(pixels, labels[:1], None, [0])
     draws = estimator.draws([0])
     stored = average_bands(estimator.features(as_example_0, draws), draws, estimator.config)
@@ -151,11 +154,8 @@ def test_a_result_says_what_it_was_made_with_and_what_it_cost(
     result = attributor.query(pictures[0][0], label=0, top_k=2)
     assert result.condition == "label 0"
     assert result.settings["teacher"] == str(dit_folder)
-    assert (result.settings["score"], result.settings["damping"], result.settings["num_draws"]) == (
-        "preconditioned",
-        0.1,
-        4,
-    )
+    assert (result.settings["score"], result.settings["num_draws"]) == ("preconditioned", 4)
+    assert result.settings["damping"] == fit_kernel(attributor.store).auto_damping
     assert result.cost["network_evaluations"] == 4
     assert result.proponents[0].key == "0/000.png"
     assert result.proponents[0].label == "0"
@@ -172,7 +172,7 @@ def test_a_result_says_what_it_was_made_with_and_what_it_cost(
         ({"label": 0, "prompt": "x"}, "`prompt` was given, but this teacher is class-conditional; leave it out"),
         ({"label": 0, "score": "x"}, "`score` must be one of preconditioned, dot, .*, got 'x'"),
         ({"label": 0, "kernel": "x"}, "`kernel` must be one of draws, means, got 'x'"),
-        ({"label": 0, "damping": 0.0}, r"`damping` must be a positive number, got 0.0"),
+        ({"label": 0, "damping": 0.0}, r"`damping` must be a positive number or auto, got 0.0"),
     ],
 )
 @pytest.mark.usefixtures("as_users_run_it")

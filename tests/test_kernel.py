@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from carv_attrib.errors import ArgumentError, StoreCorruptError, StoreError
 from carv_attrib.index import FeatureIndex, read_index_settings
-from carv_attrib.kernel import Kernel, KernelKind, ScoreKind, fit_kernel, load_kernel, similarity
+from carv_attrib.kernel import Kernel, KernelKind, ScoreKind, choose_damping, fit_kernel, load_kernel
+from carv_attrib.scores import score_bands
 from carv_attrib.store import FeatureStore, PartFeatures, Record, file_digest
 
 NUM, BANDS, DIM = 40, 3, 5
@@ -69,11 +71,11 @@ def test_scores_are_equation_9(
 ) -> None:
     kernel = fit_kernel(store, kind)
     query = draws[:4].flip(2)
-    scores, _ = similarity(
+    scores = score_bands(
         kernel.banded(query.view(-1, BANDS, 2, DIM)),
         kernel.banded(draws.view(-1, BANDS, 2, DIM)),
         kernel.inverse("preconditioned", damping),
-    )
+    ).scores
     torch.testing.assert_close(
         scores, naive_scores(query, draws, hessian_of(draws, kind), damping, bands), rtol=1e-10, atol=0
     )
@@ -84,9 +86,9 @@ def test_without_a_kernel_scores_are_inner_products_and_cosines(store: FeatureSt
     kernel = fit_kernel(store)
     banded = kernel.banded(draws.view(-1, BANDS, 2, DIM))
     flat = draws.double().view(NUM, BANDS, 2, DIM).mean(2).flatten(1)
-    dot, _ = similarity(banded, banded, kernel.inverse("dot", 0.1))
+    dot = score_bands(banded, banded, kernel.inverse("dot", 0.1)).scores
     torch.testing.assert_close(dot, flat @ flat.T / BANDS, rtol=1e-10, atol=1e-12)
-    cosine, _ = similarity(banded, banded, kernel.inverse("cosine", 0.1), normalise=True)
+    cosine = score_bands(banded, banded, kernel.inverse("cosine", 0.1), normalise=True).scores
     unit = flat / flat.norm(dim=1, keepdim=True)
     torch.testing.assert_close(cosine, unit @ unit.T, rtol=1e-10, atol=1e-12)
 
@@ -94,38 +96,13 @@ def test_without_a_kernel_scores_are_inner_products_and_cosines(store: FeatureSt
 def test_self_scores_are_positive(store: FeatureStore, draws: Tensor) -> None:
     kernel = fit_kernel(store)
     banded = kernel.banded(draws.view(-1, BANDS, 2, DIM))
-    scores, _ = similarity(banded, banded, kernel.inverse("preconditioned", 0.1))
+    scores = score_bands(banded, banded, kernel.inverse("preconditioned", 0.1)).scores
     assert (scores.diagonal() > 0).all()
 
 
-def test_standard_error_meets_the_spread_over_fresh_draws() -> None:
-    generator = torch.Generator().manual_seed(0)
-    runs, bands, per_half = 4000, 4, 3
-    mean_q, mean_i = torch.randn(2, bands, DIM, generator=generator).double()
-    shared = torch.randn(runs, bands, 2, per_half, DIM, generator=generator).double() * 0.5  # noise of the same draws
-    query = mean_q[None, :, None] + shared.mean(3)
-    train = mean_i[None, :, None] + (shared * 0.7).mean(3)
-    scores, errors = zip(
-        *(similarity(q[None], t[None], torch.ones(DIM).double()) for q, t in zip(query, train, strict=True)),
-        strict=True,
-    )
-    spread = torch.cat(scores).std()
-    estimate = torch.cat(errors).square().mean().sqrt()
-    assert 0.97 < estimate / spread < 1.12  # to first order equal; from above to second
-
-
-def test_standard_errors_without_halves_use_neighbouring_bands_and_one_band_has_none() -> None:
-    query = torch.ones(1, 4, 1, 1).double()
-    train = torch.tensor([1.0, 3.0, 1.0, 3.0]).double().view(1, 4, 1, 1)
-    _, errors = similarity(query, train, torch.ones(1).double())
-    assert errors.item() == pytest.approx((4 / (2 * 4)) ** 0.5)
-    _, missing = similarity(query[:, :1], train[:, :1], torch.ones(1).double())
-    assert torch.isnan(missing).all()
-
-
 @pytest.mark.parametrize("damping", [0.0, -1.0, float("inf"), float("nan")])
-def test_damping_must_be_positive(store: FeatureStore, damping: float) -> None:
-    with pytest.raises(ArgumentError, match=r"`damping` must be a positive number, got"):
+def test_damping_must_be_positive(store: FeatureStore, damping: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"`damping` must be a positive number or auto, got"):
         fit_kernel(store).inverse("preconditioned", damping)
 
 
@@ -159,7 +136,7 @@ def test_a_damaged_kernel_file_is_named(tmp_path: Path) -> None:
 
 def exact_order(query: Tensor, store: FeatureStore, kernel: Kernel, score: ScoreKind, damping: float) -> np.ndarray:
     train = kernel.banded(torch.cat([store.read_part(part).features for part in store.parts]))
-    scores, _ = similarity(query, train, kernel.inverse(score, damping), normalise=score.endswith("cosine"))
+    scores = score_bands(query, train, kernel.inverse(score, damping), normalise=score.endswith("cosine")).scores
     return (-scores).argsort(dim=1).numpy()
 
 
@@ -291,3 +268,37 @@ def test_means_of_root_weighted_draws_are_refused(store: FeatureStore) -> None:
     store.manifest["config"] |= {"num_bands": 2 * BANDS, "proposal": "pilot"}  # type: ignore[index]
     with pytest.raises(ArgumentError, match="`kernel` means needs means over draws, but this index keeps every draw"):
         fit_kernel(store, "means")
+
+
+def test_automatic_damping_is_the_shrinkage_of_ledoit_and_wolf(store: FeatureStore, draws: Tensor) -> None:
+    """Entry by entry, over examples, whose draws go together; also for means, which are one vector each."""
+    for kind in ("draws", "means"):
+        vectors = draws[::2].double() if kind == "draws" else draws.double().mean(1, keepdim=True)
+        each = vectors.transpose(1, 2) @ vectors / vectors.shape[1]
+        hessian, num = each.mean(0), len(each)
+        mean_eigenvalue = torch.trace(hessian) / DIM
+        noise = (each - hessian).square().sum() / num**2
+        rho = noise / (hessian - mean_eigenvalue * torch.eye(DIM)).square().sum()
+        kernel = fit_kernel(store, kind)  # type: ignore[arg-type]
+        assert kernel.auto_damping == pytest.approx(float(rho / (1 - rho)), rel=1e-6)
+        torch.testing.assert_close(
+            kernel.inverse("preconditioned", "auto"), kernel.inverse("preconditioned", kernel.auto_damping)
+        )
+
+
+def test_automatic_damping_is_positive_and_finite() -> None:
+    assert choose_damping(torch.eye(3).double(), 3.5, 10) == pytest.approx(1e6)
+    assert choose_damping(torch.diag(torch.tensor([1.0, 0.0]).double()), 1.0, 10) == pytest.approx(1e-6)
+
+
+def test_automatic_damping_falls_with_the_number_of_examples() -> None:
+    """Of Gaussian vectors, the shrinkage is about `d mu^2 / (n var(eigenvalues))`, plus 1 / n."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.linspace(0.5, 2, 20).double()
+    spread = (scales.square() - scales.square().mean()).square().sum()
+    for num in (1000, 16000):
+        x = torch.randn(num, 20, generator=generator).double() * scales
+        hessian = x.T @ x / num
+        rho = float((scales.square().sum() ** 2 + scales.pow(4).sum()) / num / spread)
+        found = choose_damping(hessian, float(x.square().sum(1).square().mean()), num)
+        assert found == pytest.approx(rho / (1 - rho), rel=0.15)

@@ -33,7 +33,16 @@ def picture(size: int = 32, kind: str = "PNG") -> bytes:
 
 
 def match(id: int = 7, score: float = 0.8416, standard_error: float | None = 0.0512, **fields: object) -> Match:
-    values = {"key": f"train/{id:05d}.png", "label": "3", "caption": "a three", "thumbnail": picture()} | fields
+    known = standard_error is not None
+    values = {
+        "low": score - 2 * standard_error if standard_error is not None else None,
+        "high": score + 2 * standard_error if standard_error is not None else None,
+        "top_probability": 0.95 if known else None,
+        "key": f"train/{id:05d}.png",
+        "label": "3",
+        "caption": "a three",
+        "thumbnail": picture(),
+    } | fields
     return Match(id=id, score=score, standard_error=standard_error, **values)  # type: ignore[arg-type]
 
 
@@ -105,6 +114,9 @@ def test_dict_round_trips_through_json() -> None:
         "key": "train/00009.png",
         "score": 0.25,
         "standard_error": None,
+        "low": None,
+        "high": None,
+        "top_probability": None,
         "label": "3",
         "caption": "a three",
     }
@@ -144,7 +156,9 @@ def test_csv_leaves_missing_values_empty() -> None:
 
 def test_pandas_columns_and_types() -> None:
     frame = result().to_pandas()
-    assert list(frame.columns) == ["rank", "role", "id", "key", "score", "standard_error", "label", "caption"]
+    assert list(frame.columns) == (
+        ["rank", "role", "id", "key", "score", "standard_error", "low", "high", "top_probability", "label", "caption"]
+    )
     assert frame["role"].tolist() == ["proponent", "proponent", "opponent"]
     assert frame["rank"].tolist() == [1, 2, 1]
     assert (frame["id"].dtype, frame["standard_error"].dtype) == (np.int64, np.float64)

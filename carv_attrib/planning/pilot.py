@@ -30,7 +30,7 @@ from carv_attrib.estimator import (
     measure_profile,
 )
 from carv_attrib.gradient import row_objective
-from carv_attrib.kernel import DEFAULT_DAMPING, Kernel, decompose, similarity
+from carv_attrib.kernel import DEFAULT_DAMPING, Kernel, decompose
 from carv_attrib.manifest import choose_micro_batch, pilot_rows, read_pilot
 from carv_attrib.planning.costs import Stopwatch, UnitCosts, peak_memory
 from carv_attrib.planning.forecast import (
@@ -41,6 +41,7 @@ from carv_attrib.planning.forecast import (
     upstream_variance,
 )
 from carv_attrib.sampling import Draws, Scheme, pair_size
+from carv_attrib.scores import score_bands
 from carv_attrib.seeding import stream_key
 from carv_attrib.store import FeatureStore, PartFeatures
 from carv_attrib.teacher import Teacher, placement
@@ -329,7 +330,7 @@ class _Bench:
 def pilot_scores(kernel: Kernel, bands: Float[Tensor, "batch bands halves d"]) -> Float[Tensor, "batch others"]:
     """Return the scores of every example for every other one, as `Attributor.scores` makes them."""
     rotated = kernel.banded(bands)
-    scores, _ = similarity(rotated, rotated, kernel.inverse("preconditioned", DEFAULT_DAMPING))
+    scores = score_bands(rotated, rotated, kernel.inverse("preconditioned", DEFAULT_DAMPING), independent=False).scores
     return scores[~torch.eye(len(scores), dtype=torch.bool)].view(len(scores), -1)
 
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 _TITLE = "Training data attribution"
 _HELPS = "Keeping these in training lowers the loss on the query."
 _HINDERS = "Keeping these in training raises the loss on the query."
-_INTERVAL = 1.96  # standard errors on either side of a score: 95 % of a normal distribution
 _PIXEL_ART = 64  # pixels; smaller pictures are enlarged without smoothing
 
 
@@ -41,7 +40,7 @@ def render_html(results: Sequence[QueryResult], *, title: str = _TITLE) -> str:
     """
     if not results:
         raise ArgumentError("`results` must hold at least one answer, got none; query an image first.")
-    return _template().render(title=title, interval=_INTERVAL, sections=[_section(result) for result in results])
+    return _template().render(title=title, sections=[_section(result) for result in results])
 
 
 def write_html(results: Sequence[QueryResult], path: str | Path, *, title: str = _TITLE) -> None:
@@ -143,6 +142,7 @@ class _Card:
     error: str
     bar: _Bar | None
     may_be_zero: bool
+    probability: str
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,7 @@ class _Section:
     condition: str
     picture: _Picture
     certainty: str
+    warning: str
     groups: tuple[_Group, ...]
     tables: tuple[tuple[str, dict[str, str]], ...]
 
@@ -177,6 +178,7 @@ def _section(result: QueryResult) -> _Section:
         condition=result.condition,
         picture=_picture(result.thumbnail, f"query {result.query}"),
         certainty=_certainty(result.proponents),
+        warning=result.warning,
         groups=tuple(groups),
         tables=(("Settings", _table(result.settings)), ("Cost", _table(result.cost))),
     )
@@ -194,14 +196,11 @@ def _certainty(matches: tuple[Match, ...]) -> str:
     if not intervals:
         return "No standard errors are available for this answer."
     clear = sum(low > 0 for low, _ in intervals)
-    return f"{clear} of {len(intervals)} proponents lie above zero by more than {_INTERVAL} standard errors."
+    return f"The 90 % intervals of {clear} of {len(intervals)} proponents lie above zero."
 
 
 def _interval(match: Match) -> tuple[float, float] | None:
-    if not is_known(match.score) or not is_known(match.standard_error):
-        return None
-    reach = _INTERVAL * match.standard_error
-    return match.score - reach, match.score + reach
+    return (match.low, match.high) if is_known(match.low) and is_known(match.high) else None
 
 
 def _axes(result: QueryResult) -> tuple[_Axis | None, _Axis | None]:
@@ -235,6 +234,7 @@ def _card(rank: int, match: Match, axis: _Axis | None) -> _Card:
         error=format_error(match.standard_error).replace("-", "\N{MINUS SIGN}"),
         bar=_bar(match, axis) if axis and is_known(match.score) else None,
         may_be_zero=interval is not None and interval[0] <= 0 <= interval[1],
+        probability=f"{match.top_probability:.0%}" if is_known(match.top_probability) else "",
     )
 
 

@@ -15,11 +15,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from carv_attrib.errors import CarvError
+from carv_attrib.report.formatting import is_known
 
 if TYPE_CHECKING:
     import pandas
 
-_COLUMNS = ("rank", "role", "id", "key", "score", "standard_error", "label", "caption")
+_COLUMNS = (
+    "rank",
+    "role",
+    "id",
+    "key",
+    "score",
+    "standard_error",
+    "low",
+    "high",
+    "top_probability",
+    "label",
+    "caption",
+)
+_RESOLVED = 0.8  # of the proponents must be expected to belong among the first, or a warning says so
 
 
 @dataclass(frozen=True)
@@ -31,6 +45,10 @@ class Match:
         key: Name of the example in its data set, such as a file name.
         score: Estimated effect on the query; positive: keeping the example lowers the teacher's loss.
         standard_error: Monte-Carlo standard error of the score over the noise draws, or None (say, with one draw).
+        low: Lower end of the 90 % interval of the score over the noise draws, or None.
+        high: Upper end of it.
+        top_probability: Probability that the example is among the first k, k being as many as were asked for, by its
+            expected score over the noise draws; or None.
         label: Class label, if the data set has one.
         caption: Text that belongs to the picture, if the data set has one.
         thumbnail: The picture as PNG or JPEG bytes.
@@ -40,6 +58,9 @@ class Match:
     key: str
     score: float
     standard_error: float | None
+    low: float | None
+    high: float | None
+    top_probability: float | None
     label: str | None
     caption: str | None
     thumbnail: bytes
@@ -83,8 +104,20 @@ class QueryResult:
         errors = [match.standard_error for match in self.proponents]
         return np.array([np.nan if error is None else error for error in errors], dtype=np.float64)
 
+    @property
+    def warning(self) -> str:
+        """What to say where the noise draws do not tell which examples come first, else an empty string."""
+        probabilities = [match.top_probability for match in self.proponents]
+        known = [probability for probability in probabilities if is_known(probability)]
+        if len(known) < len(probabilities) or sum(known) >= _RESOLVED * len(known):
+            return ""
+        return (
+            f"The noise draws do not settle the ranking: of these {len(known)}, {sum(known):.1f} are expected to be "
+            f"among the true first {len(known)}. More draws tell: refine the query, or featurize with more."
+        )
+
     def to_pandas(self) -> pandas.DataFrame:
-        """Return one row a match: rank, role, id, key, score, standard_error, label and caption.
+        """Return one row a match, with its rank, its role and what `Match` has but the thumbnail.
 
         Raises:
             CarvError: pandas is not installed.
@@ -94,15 +127,17 @@ class QueryResult:
         except ImportError as err:
             raise CarvError("`to_pandas` needs pandas, which is not installed; run `pip install pandas`.") from err
         frame = pandas.DataFrame(list(self._rows()), columns=list(_COLUMNS))
-        return frame.astype({"rank": "int64", "id": "int64", "score": "float64", "standard_error": "float64"})
+        numbers = ("score", "standard_error", "low", "high", "top_probability")
+        return frame.astype({"rank": "int64", "id": "int64"} | dict.fromkeys(numbers, "float64"))
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the pictures, ready for `json.dumps`; NaN and infinity become None."""
         return {
             "query": self.query,
             "condition": self.condition,
-            "proponents": [_json_row(rank, match) for rank, match in enumerate(self.proponents, 1)],
-            "opponents": [_json_row(rank, match) for rank, match in enumerate(self.opponents, 1)],
+            "warning": self.warning,
+            "proponents": self._json_rows("proponent"),
+            "opponents": self._json_rows("opponent"),
             "settings": {name: _json_value(value) for name, value in self.settings.items()},
             "cost": {name: _json_value(value) for name, value in self.cost.items()},
         }
@@ -131,23 +166,15 @@ class QueryResult:
 
         write_html([self], path)
 
+    def _json_rows(self, role: str) -> list[dict[str, Any]]:
+        rows = [dict(zip(_COLUMNS, map(_json_value, row), strict=True)) for row in self._rows()]
+        return [row for row in rows if row.pop("role") == role]
+
     def _rows(self) -> Iterator[tuple[Any, ...]]:
         """Yield one tuple a match, in the order of `_COLUMNS`."""
         for role, matches in (("proponent", self.proponents), ("opponent", self.opponents)):
             for rank, match in enumerate(matches, 1):
-                yield rank, role, match.id, match.key, match.score, match.standard_error, match.label, match.caption
-
-
-def _json_row(rank: int, match: Match) -> dict[str, Any]:
-    return {
-        "rank": rank,
-        "id": int(match.id),
-        "key": match.key,
-        "score": _json_value(match.score),
-        "standard_error": _json_value(match.standard_error),
-        "label": match.label,
-        "caption": match.caption,
-    }
+                yield rank, role, *(getattr(match, name) for name in _COLUMNS[2:])
 
 
 def _json_value(value: Any) -> str | int | float | None:

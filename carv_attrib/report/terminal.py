@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from carv_attrib.report.formatting import format_error, format_number, format_value, visible
+from carv_attrib.report.formatting import format_error, format_number, format_value, is_known, visible
 from carv_attrib.report.result import Match, QueryResult
 
 if TYPE_CHECKING:
@@ -25,12 +25,14 @@ def result_table(result: QueryResult) -> rich.console.Group:
         result: The answer to show, with `rich.console.Console().print`.
     """
     from rich.console import Group
+    from rich.text import Text
 
     tables = [_table("Proponents", result.proponents, "cyan")]
     if result.opponents:
         tables.append(_table("Opponents", result.opponents, "yellow"))
     facts = [_facts(values) for values in (result.settings, result.cost) if values]
-    return Group(_heading(result), *tables, *facts)
+    warning = [Text(result.warning, "bold red")] if result.warning else []
+    return Group(_heading(result), *tables, *warning, *facts)
 
 
 def _heading(result: QueryResult) -> rich.text.Text:
@@ -54,12 +56,13 @@ def _table(role: str, matches: tuple[Match, ...], colour: str) -> rich.table.Tab
     table = Table(title=Text(role, f"bold {colour}"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("#", justify="right", style="dim", no_wrap=True)
     table.add_column("score ± SE", no_wrap=True)
+    table.add_column(f"P(top {len(matches)})", justify="right", no_wrap=True)
     table.add_column("id", justify="right", no_wrap=True)
     for name in _text_columns(matches):
         table.add_column(name, overflow="fold")
     for rank, (match, score) in enumerate(zip(matches, _scores(matches), strict=True), 1):
         texts = [_shortened(getattr(match, name) or "") for name in _text_columns(matches)]
-        table.add_row(str(rank), score, str(match.id), *texts)
+        table.add_row(str(rank), score, _probability(match), str(match.id), *texts)
     return table
 
 
@@ -74,6 +77,10 @@ def _scores(matches: tuple[Match, ...]) -> list[str]:
     width = max(map(len, scores), default=0)
     errors = [format_error(match.standard_error) for match in matches]
     return [f"{score:>{width}} {error}" for score, error in zip(scores, errors, strict=True)]
+
+
+def _probability(match: Match) -> str:
+    return f"{match.top_probability:.2f}" if is_known(match.top_probability) else "n/a"
 
 
 def _shortened(text: str) -> rich.text.Text:

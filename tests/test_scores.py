@@ -1,0 +1,106 @@
+"""Errors of scores against the spread of fresh draws, and probabilities against how often they come true."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from carv_attrib.scores import CONFIDENCE, BandScores, join, score_bands
+
+DIM = 3
+ONES = torch.ones(DIM).double()
+
+
+def noisy_features(
+    runs: int, *, replicates: int, queries: int = 1, train: int = 1, bands: int = 4, noise: float = 0.5, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return features (runs, examples, bands, replicates, DIM) whose noise all examples share, and expected scores."""
+    generator = torch.Generator().manual_seed(seed)
+    means = torch.randn(queries + train, bands, 1, DIM, generator=generator).double()
+    loadings = torch.rand(queries + train, 1, 1, 1, generator=generator).double() + 0.5
+    shared = torch.randn(runs, 1, bands, replicates, DIM, generator=generator).double() * noise
+    features = means + loadings * shared
+    query, examples = features[:, :queries], features[:, queries:]
+    expected = torch.einsum("qbd,nbd->qn", means[:queries, :, 0], means[queries:, :, 0]) / bands
+    product = loadings[:queries].view(-1, 1) * loadings[queries:].view(1, -1)
+    return query, examples, expected + product * DIM * noise**2 / replicates
+
+
+@pytest.mark.parametrize("replicates", [2, 6])
+def test_standard_errors_meet_the_spread_over_fresh_draws(replicates: int) -> None:
+    query, train, expected = noisy_features(4000, replicates=replicates)
+    found = [score_bands(q, t, ONES) for q, t in zip(query, train, strict=True)]
+    scores = torch.cat([each.scores for each in found])
+    estimate = torch.cat([each.standard_errors for each in found]).square().mean().sqrt()
+    assert scores.mean() == pytest.approx(float(expected), abs=4 * float(scores.std()) / 4000**0.5)
+    assert 0.97 < estimate / scores.std() < 1.12  # to first order equal; from above to second
+    assert found[0].degrees_of_freedom == 4 * (replicates - 1)
+
+
+def test_two_replicates_are_the_halves_of_equation_10() -> None:
+    query, train, _ = noisy_features(1, replicates=2, queries=2, train=5)
+    found = score_bands(query[0], train[0], ONES)
+    halves = torch.einsum("qbrd,nbrd->rbqn", query[0], train[0])
+    expected = ((halves[0] - halves[1]).square().sum(0) / (4 * 4**2)).sqrt()
+    torch.testing.assert_close(found.standard_errors, expected)
+
+
+def test_intervals_hold_the_expected_score_as_often_as_they_say() -> None:
+    query, train, expected = noisy_features(3000, replicates=2, noise=0.3)
+    inside = []
+    for q, t in zip(query, train, strict=True):
+        found = score_bands(q, t, ONES)
+        inside.append(bool((found.scores - expected).abs() <= found.half_widths))
+    assert abs(sum(inside) / 3000 - CONFIDENCE) < 0.03  # a standard error of 0.005; normal quantiles give 0.83
+
+
+def test_probabilities_come_true_as_often_as_they_say() -> None:
+    query, train, expected = noisy_features(300, replicates=2, train=30, noise=0.4)
+    true = torch.zeros(30)
+    true[expected[0].topk(5).indices] = 1
+    probabilities = torch.stack(
+        [score_bands(q, t, ONES).top_probabilities(5)[0] for q, t in zip(query, train, strict=True)]
+    )
+    torch.testing.assert_close(probabilities.sum(1), torch.full((300,), 5.0).double())
+    for low, high in ((0.05, 0.35), (0.35, 0.65), (0.65, 0.95), (0.95, 1.01)):
+        chosen = (probabilities >= low) & (probabilities < high)
+        assert abs(probabilities[chosen].mean() - true.expand(300, 30)[chosen].mean()) < 0.12
+
+
+def test_noise_that_lifts_all_examples_alike_leaves_the_ranking_sure() -> None:
+    """Draws are shared: what moves every score by as much does not change who is first."""
+    bands = torch.tensor([[5.0, 4.0, 1.0, 0.0]]).double().expand(4, 1, 4).clone()
+    shift = torch.tensor([3.0, -3.0]).double().view(2, 1, 1, 1).expand(2, 4, 1, 4)
+    sure = BandScores(bands, shift).top_probabilities(2)
+    assert sure.tolist() == [[1.0, 1.0, 0.0, 0.0]]
+    unsure = BandScores(bands, shift * torch.tensor([1.0, 1.0, 1.0, -1.0])).top_probabilities(2)
+    assert 0 < float(unsure[0, 3]) < 1
+
+
+def test_without_replicates_bands_stand_in_and_one_band_has_no_error() -> None:
+    query = torch.ones(1, 4, 1, 1).double()
+    train = torch.tensor([1.0, 3.0, 1.0, 3.0]).double().view(1, 4, 1, 1)
+    found = score_bands(query, train, torch.ones(1).double())
+    assert found.standard_errors.item() == pytest.approx((4 / 3) ** 0.5 / 2)
+    assert found.degrees_of_freedom == 3
+    for missing in (
+        score_bands(query[:, :1], train[:, :1], torch.ones(1).double()),
+        score_bands(query, train, torch.ones(1).double(), independent=False),
+    ):
+        assert missing.degrees_of_freedom == 0
+        for values in (missing.standard_errors, missing.half_widths, missing.top_probabilities(1)):
+            assert math.isnan(values.item())
+
+
+def test_parts_are_joined_and_chosen_from_and_negated() -> None:
+    query, train, _ = noisy_features(1, replicates=2, queries=2, train=5)
+    whole = score_bands(query[0], train[0], ONES)
+    joined = join([score_bands(query[0], rows, ONES) for rows in train[0].split(2)])
+    torch.testing.assert_close(joined.scores, whole.scores)
+    torch.testing.assert_close(joined.standard_errors, whole.standard_errors)
+    chosen = whole.select(torch.tensor([4, 0]).numpy()).negated()
+    torch.testing.assert_close(chosen.scores, -whole.scores[:, [4, 0]])
+    torch.testing.assert_close(chosen.standard_errors, whole.standard_errors[:, [4, 0]])
