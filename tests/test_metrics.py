@@ -119,8 +119,8 @@ def test_errors_of_means_over_queries_are_those_of_independent_values_and_differ
 
 def test_the_overlap_is_the_share_of_common_examples_in_the_top_k() -> None:
     first = np.array([[5.0, 4.0, 3.0, 2.0, 1.0]] * 3)
-    second = np.array([[5.0, 4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0, 5.0], [4.0, 1.0, 5.0, 2.0, 3.0]])
-    np.testing.assert_allclose(top_k_overlap(first, second, 3), [1, 1 / 3, 2 / 3])
+    second = np.array([[5.0, 4.0, 1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0, 5.0], [4.0, 1.0, 5.0, 2.0, 3.0]])
+    np.testing.assert_allclose(top_k_overlap(first, second, 2), [1, 0, 1 / 2])
     np.testing.assert_allclose(top_k_overlap(first, second, 5), 1)
     random = [stream(0, name).random((50, 400)) for name in "ab"]
     assert top_k_overlap(random[0], random[1], 100).mean() == pytest.approx(0.25, abs=0.02)
