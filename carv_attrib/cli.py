@@ -6,7 +6,7 @@ import inspect as introspection
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -14,10 +14,11 @@ import click
 
 from carv_attrib.config import COMPONENTS, read_config_file
 from carv_attrib.errors import CarvError
-from carv_attrib.kernel import KernelKind, ScoreKind
+from carv_attrib.evaluate_cli import evaluate
+from carv_attrib.options import AS_INDEXED, INDEX, score_options
+from carv_attrib.progress import quiet_libraries
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-INDEX = click.argument("index", type=click.Path(path_type=Path))
 
 
 class CarvGroup(click.Group):
@@ -80,36 +81,12 @@ def _attribute_texts(kind: type) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in entries}
 
 
-def score_options(score: str, kernel: str, damping: str) -> Callable[[Command], Command]:
-    """Return a decorator that adds the flags that choose a score, with these defaults in their help."""
-
-    def add(command: Command) -> Command:
-        text = f"Over the mean eigenvalue, or auto. [default: {damping}]"
-        command = click.option("--damping", type=_damping, metavar="FLOAT|auto", help=text)(command)
-        command = click.option("--kernel", type=click.Choice(get_args(KernelKind)), help=f"[default: {kernel}]")(
-            command
-        )
-        return click.option("--score", type=click.Choice(get_args(ScoreKind)), help=f"[default: {score}]")(command)
-
-    return add
-
-
-def _damping(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
 def aim_options(command: Command) -> Command:
     """Add the flags that say what a plan is to make the most of."""
     command = click.option("--target-snr", type=float, help="Score SNR to reach in the least time; for a plan.")(
         command
     )
     return click.option("--budget", help="Time to spend: 90s, 30m, 2h, 1h30m; for a plan.")(command)
-
-
-AS_INDEXED = score_options(*["as the index was built"] * 3)
 
 
 @click.group(cls=CarvGroup)
@@ -131,7 +108,7 @@ def featurize(config: Path | None, **flags: Any) -> None:
     from carv_attrib.pipeline import featurize as run
 
     settings = _settings(config, flags, ("teacher", "dataset", "output"))
-    _quiet_libraries()
+    quiet_libraries()
     store = run(settings.pop("teacher"), settings.pop("dataset"), settings.pop("output"), **settings)
     skipped = store.num_skipped()
     click.echo(f"{len(store.ids)} examples in {store.path}" + (f", {skipped} skipped" if skipped else ""))
@@ -152,7 +129,7 @@ def plan(config: Path | None, plot: Path | None, as_json: bool, **flags: Any) ->
 
     settings = _settings(config, flags, ("teacher", "dataset"))
     settings = {name: value for name, value in settings.items() if name not in ("output", "plan")}
-    _quiet_libraries()
+    quiet_libraries()
     result = make(settings.pop("teacher"), settings.pop("dataset"), **settings)
     if as_json:
         click.echo(json.dumps(result.to_dict(), indent=1))
@@ -214,7 +191,7 @@ def query(
 
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other; give one of them.")
-    _quiet_libraries()
+    quiet_libraries()
     attributor = Attributor.open(index, teacher=teacher, dataset=dataset, device=device)
     result = attributor.query(question.pop("image"), **question)
     if as_json:
@@ -262,38 +239,7 @@ def verify(index: Path) -> None:
     click.echo(f"{index}: no problems found")
 
 
-@main.group()
-def evaluate() -> None:
-    """Compare the scores of an index with what is known to be true."""
-
-
-@evaluate.command()
-@INDEX
-@click.option("--ground-truth", type=click.Path(path_type=Path), required=True, help="npz of retrained models' losses.")
-@AS_INDEXED
-@click.option("--teacher", help="Where the teacher lies now, if it was moved.")
-@click.option("--device", default="auto", show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def lds(index: Path, ground_truth: Path, teacher: str | None, device: str, as_json: bool, **choice: Any) -> None:
-    """Correlate the scores of INDEX with the losses of models that were retrained on subsets: the LDS."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from carv_attrib.attributor import Attributor
-    from carv_attrib.evaluation import GroundTruth
-    from carv_attrib.evaluation import lds as correlate
-
-    _quiet_libraries()
-    truth = GroundTruth.load(ground_truth)
-    scores = truth.scores(Attributor.open(index, teacher=teacher, device=device), **choice)
-    result = correlate(truth, {"LDS": scores})
-    if as_json:
-        click.echo(json.dumps({kind: {row: asdict(x) for row, x in rows.items()} for kind, rows in result.items()}))
-        return
-    table = Table("queries", *next(iter(result.values())), title=f"{len(truth.masks)} subsets, mean ± standard error")
-    for kind, rows in result.items():
-        table.add_row(kind, *(f"{x.value:.3f} ± {x.standard_error:.3f}" for x in rows.values()))
-    Console().print(table)
+main.add_command(evaluate)
 
 
 @main.command()
@@ -302,7 +248,7 @@ def demo(output: Path) -> None:
     """Featurize the digits with the packaged teacher, generate some, and ask where they come from."""
     from carv_attrib.demo import run_demo
 
-    _quiet_libraries()
+    quiet_libraries()
     click.echo("1,797 digits and five queries: a minute or two on two cores.", err=True)
     results, report = run_demo(output)
     for result in results:
@@ -325,15 +271,3 @@ def _print_result(result: Any) -> None:
     from carv_attrib.report import result_table
 
     Console().print(result_table(result))
-
-
-def _quiet_libraries() -> None:
-    """Turn off the progress bars and hints of diffusers, transformers and datasets."""
-    import datasets
-    import diffusers
-    import transformers
-
-    datasets.disable_progress_bars()
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
-        library.utils.logging.set_verbosity_error()

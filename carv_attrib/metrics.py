@@ -1,11 +1,11 @@
-"""How well scores predict what retraining does (`docs/evaluation.md`)."""
+"""How well scores predict what retraining does, agree with others, and find what they must (`docs/evaluation.md`)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from scipy.stats import rankdata
 
 from carv_attrib.errors import ArgumentError
@@ -78,17 +78,40 @@ def resampled_lds(
     num_subsets, num_queries = losses.shape
     if num_subsets < 3:
         raise ArgumentError(f"a rank correlation over subsets needs at least 3 of them, got {num_subsets}.")
-    generator = stream(0, "bootstrap of subsets and queries")
     means: dict[str, list[float]] = {name: [] for name in predicted}
-    rows: np.ndarray = np.arange(num_subsets)
-    columns: np.ndarray = np.arange(num_queries)
-    for _ in range(num_bootstrap + 1):
+    for rows, columns in resamples(num_subsets, num_queries, num_bootstrap=num_bootstrap):
         true_ranks = _centred_ranks(losses[rows])
         for name, own in predicted.items():
             means[name].append(float(_correlations(_centred_ranks(own[rows]), true_ranks)[columns].mean()))
-        rows = generator.integers(num_subsets, size=(num_subsets,))
-        columns = generator.integers(num_queries, size=(num_queries,))
     return {name: np.array(values) for name, values in means.items()}
+
+
+def resampled_means(
+    figures: Mapping[str, Float[np.ndarray, " queries"]], *, num_bootstrap: int = NUM_BOOTSTRAP
+) -> dict[str, Float[np.ndarray, " resamples"]]:
+    """Return the mean of each figure over all queries, then over resamples of them, the same for all figures.
+
+    `measured` of the difference of two of them is the difference of two figures, with the error of the difference.
+
+    Raises:
+        ArgumentError: for fewer than two queries.
+    """
+    means: dict[str, list[float]] = {name: [] for name in figures}
+    num_queries = min(map(len, figures.values()))
+    if num_queries < 2:
+        raise ArgumentError(f"a standard error over queries needs at least 2 of them, got {num_queries}; add some.")
+    for (rows,) in resamples(num_queries, num_bootstrap=num_bootstrap):
+        for name, own in figures.items():
+            means[name].append(float(own[rows].mean()))
+    return {name: np.array(values) for name, values in means.items()}
+
+
+def resamples(*sizes: int, num_bootstrap: int = NUM_BOOTSTRAP) -> Iterator[tuple[np.ndarray, ...]]:
+    """Yield the positions of all units of each kind, then of as many drawn with replacement: the same every time."""
+    generator = stream(0, "bootstrap of subsets and queries")
+    yield tuple(np.arange(size) for size in sizes)
+    for _ in range(num_bootstrap):
+        yield tuple(generator.integers(size, size=(size,)) for size in sizes)
 
 
 def measured(resampled: Float[np.ndarray, " resamples"]) -> Measured:
@@ -122,3 +145,50 @@ def seed_ceiling(losses: Float[np.ndarray, "subsets seeds queries"]) -> tuple[Me
     errors = np.sqrt((num_subsets - 1) / num_subsets * ((left_out - left_out.mean(0)) ** 2).sum(0))
     seed_to_seed, ceiling = both(every)
     return Measured(float(seed_to_seed), float(errors[0])), Measured(float(ceiling), float(errors[1]))
+
+
+def top_k_overlap(
+    first: Float[np.ndarray, "queries train"], second: Float[np.ndarray, "queries train"], top_k: int
+) -> Float[np.ndarray, " queries"]:
+    """Return the share of examples that two top k of each query have in common; of random scores it is k / train.
+
+    >>> top_k_overlap(np.array([[3.0, 2.0, 1.0]]), np.array([[3.0, 1.0, 2.0]]), 2)
+    array([0.5])
+
+    Raises:
+        ArgumentError: if k is not from 1 to the number of examples.
+    """
+    both = [_top(scores, top_k) for scores in (first, second)]
+    shares: np.ndarray = (both[0] & both[1]).sum(1) / top_k
+    return shares
+
+
+def _top(scores: np.ndarray, top_k: int) -> np.ndarray:
+    """Return which examples are in the top k of each query; of equal scores the earlier ones."""
+    check_top_k(top_k, scores.shape[1])
+    mask = np.zeros(scores.shape, dtype=bool)
+    np.put_along_axis(mask, np.argsort(-scores, axis=1, kind="stable")[:, :top_k], True, axis=1)
+    return mask
+
+
+def check_top_k(top_k: int, num_train: int) -> None:
+    """Check that a top k is a part of the examples.
+
+    Raises:
+        ArgumentError: if k is not from 1 to the number of examples.
+    """
+    if not 1 <= top_k <= num_train:
+        raise ArgumentError(f"`top_k` must be from 1 to the number of training examples (={num_train}), got {top_k}.")
+
+
+def ranks(
+    scores: Float[np.ndarray, "queries train"], positions: Int[np.ndarray, " queries"]
+) -> Int[np.ndarray, " queries"]:
+    """Return the rank, from 1, of one example for each query; equal scores of others count against it.
+
+    >>> ranks(np.array([[3.0, 9.0, 5.0, 5.0]]), np.array([2]))
+    array([3])
+    """
+    own = np.take_along_axis(scores, positions[:, None], axis=1)
+    found: np.ndarray = (scores >= own).sum(1)
+    return found

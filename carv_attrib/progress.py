@@ -1,4 +1,4 @@
-"""Progress with an estimate of the time left, on standard error, for terminals only."""
+"""Progress with an estimate of the time left, on standard error, for terminals only; and no other program's."""
 
 from __future__ import annotations
 
@@ -31,3 +31,15 @@ def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
         task = bar.add_task(description, total=total, completed=done)
         yield lambda steps: bar.advance(task, steps)
+
+
+def quiet_libraries() -> None:
+    """Turn off the progress bars and hints of diffusers, transformers and datasets."""
+    import datasets
+    import diffusers
+    import transformers
+
+    datasets.disable_progress_bars()
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()

@@ -31,6 +31,7 @@ from torch import Tensor
 from carv_attrib import Attributor, featurize, load_teacher
 from carv_attrib.data import from_pixels, open_dataset, to_pixels
 from carv_attrib.demo import generate
+from carv_attrib.metrics import ranks
 from carv_attrib.variance import mean_and_error
 
 METHODS = {
@@ -102,9 +103,9 @@ def main(num_copies: int, per_class: int, num_draws: int, output: Path) -> None:
         for degradation, degrade in DEGRADATIONS.items():
             queries = [from_pixels(degrade(train[i], generator)) for i in chosen]
             for name, scores in all_scores(attributor, queries, classes[chosen].tolist(), train).items():
-                rank = (scores > scores[np.arange(num_copies), chosen][:, None]).sum(1)
-                rows[name][f"{degradation}: first"] = astuple(mean_and_error(rank == 0))
-                rows[name][f"{degradation}: top 10"] = astuple(mean_and_error(rank < 10))
+                rank = ranks(scores, chosen)
+                rows[name][f"{degradation}: first"] = astuple(mean_and_error(rank == 1))
+                rows[name][f"{degradation}: top 10"] = astuple(mean_and_error(rank <= 10))
         labels = np.repeat(np.arange(10), per_class)
         for name, scores in all_scores(attributor, generate(labels.tolist(), seed=1), labels.tolist(), train).items():
             top = np.argsort(-scores, axis=1)[:, :10]

@@ -20,13 +20,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import numpy as np
@@ -45,6 +46,8 @@ from carv_attrib.seeding import choose_positions, stream_key
 from carv_attrib.store import atomic_file
 from carv_attrib.teacher import Teacher
 from carv_attrib.teachers import PACKAGED
+
+Key, Result = TypeVar("Key"), TypeVar("Result")
 
 FOLDER = Path("docs/benchmarks/lds")
 NUM_HELD_OUT = NUM_GENERATED = 100
@@ -240,6 +243,19 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+def in_processes(
+    work: Callable[..., Result], arguments: Mapping[Key, tuple[Any, ...]], processes: int
+) -> Generator[tuple[Key, Result], None, None]:
+    """Yield each key and what `work` returns for its arguments, as they are done in processes of one thread."""
+    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=one_thread)
+    running = {pool.submit(work, *own): key for key, own in arguments.items()}
+    try:
+        for future in as_completed(running):
+            yield running[future], future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 @click.command()
 @click.option("--task", "name", type=click.Choice(list(TASKS)), required=True)
 @click.option("--subsets", default=64, show_default=True)
@@ -260,18 +276,14 @@ def main(name: str, subsets: int, seeds: int, processes: int, epochs: float, fol
             raise click.UsageError(f"{path} has models of {file['epochs']} epochs; use those, or another --folder.")
     missing = [(m, s) for m in range(subsets) for s in range(seeds) if (m, s) not in done]
     digits, started = load_digits(name), time.monotonic()
-    pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=one_thread)
-    running = {pool.submit(train_subset_model, name, folder, m, s, epochs): (m, s) for m, s in missing}
-    try:
-        for number, future in enumerate(as_completed(running), 1):
-            subset, seed = running[future]
-            add_model(path, subset_mask(digits, subset).numpy(), future.result(), subset, seed)
+    arguments = {(m, s): (name, folder, m, s, epochs) for m, s in missing}
+    with closing(in_processes(train_subset_model, arguments, processes)) as results:
+        for number, ((subset, seed), losses) in enumerate(results, 1):
+            add_model(path, subset_mask(digits, subset).numpy(), losses, subset, seed)
             left = (time.monotonic() - started) / number * (len(missing) - number)
             click.echo(
                 f"{name}: {len(done) + number} models, subset {subset}, seed {seed}; {left / 60:.0f} minutes left"
             )
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 if __name__ == "__main__":

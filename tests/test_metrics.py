@@ -1,4 +1,4 @@
-"""LDS against planted effects, its ceiling against simulated retraining, its standard errors against repetition."""
+"""LDS against planted effects, its ceiling against simulated retraining, standard errors against repetition."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from carv_attrib.metrics import (
     linear_datamodeling_score,
     measured,
     predicted_losses,
+    ranks,
     resampled_lds,
+    resampled_means,
     seed_ceiling,
     spearman,
+    top_k_overlap,
 )
 from carv_attrib.seeding import stream
 
@@ -104,7 +107,39 @@ def test_differences_of_paired_methods_have_smaller_errors_than_the_methods(effe
     assert difference["b"].standard_error < 0.5 * alone["b"].standard_error
 
 
-def test_too_few_subsets_or_seeds_are_refused() -> None:
+def test_errors_of_means_over_queries_are_those_of_independent_values_and_differences_are_paired() -> None:
+    values = stream(0, "figures").standard_normal(200)
+    resampled = resampled_means({"a": values, "b": values + 1})
+    found = measured(resampled["a"])
+    assert found.value == values.mean()
+    assert found.standard_error == pytest.approx(values.std(ddof=1) / 200**0.5, rel=0.1)
+    difference = measured(resampled["b"] - resampled["a"])
+    assert (difference.value, difference.standard_error) == pytest.approx((1, 0), abs=1e-12)
+
+
+def test_the_overlap_is_the_share_of_common_examples_in_the_top_k() -> None:
+    first = np.array([[5.0, 4.0, 3.0, 2.0, 1.0]] * 3)
+    second = np.array([[5.0, 4.0, 1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0, 5.0], [4.0, 1.0, 5.0, 2.0, 3.0]])
+    np.testing.assert_allclose(top_k_overlap(first, second, 2), [1, 0, 1 / 2])
+    np.testing.assert_allclose(top_k_overlap(first, second, 5), 1)
+    random = [stream(0, name).random((50, 400)) for name in "ab"]
+    assert top_k_overlap(random[0], random[1], 100).mean() == pytest.approx(0.25, abs=0.02)
+
+
+def test_ranks_count_from_one_and_equal_scores_count_against_an_example() -> None:
+    scores = np.array([[3.0, 9.0, 5.0], [3.0, 9.0, 5.0], [2.0, 2.0, 2.0]])
+    assert ranks(scores, np.array([1, 0, 0])).tolist() == [1, 3, 3]
+
+
+def test_a_top_k_that_is_no_part_of_the_examples_is_refused() -> None:
+    for top_k in (0, 5):
+        with pytest.raises(ArgumentError, match=rf"`top_k` must be from 1 to the number .* \(=4\), got {top_k}\."):
+            top_k_overlap(np.zeros((2, 4)), np.zeros((2, 4)), top_k)
+
+
+def test_too_few_subsets_or_seeds_or_queries_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="a standard error over queries needs at least 2 of them, got 1; add some"):
+        resampled_means({"a": np.zeros(1)})
     with pytest.raises(ArgumentError, match="a rank correlation over subsets needs at least 3 of them, got 2"):
         linear_datamodeling_score({"a": np.zeros((2, 4))}, np.zeros((2, 4)))
     with pytest.raises(ArgumentError, match="a ceiling needs models of at least 2 seeds for each subset, got 1"):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from carv_attrib.errors import CarvError
 from carv_attrib.planning import Forecast, Plan
 from carv_attrib.report.formatting import format_error, format_number
+from carv_attrib.report.plot import new_figure, save_figure
 from carv_attrib.variance import Measured
 
 if TYPE_CHECKING:
@@ -177,11 +177,7 @@ def save_plot(plan: Plan, path: str | Path) -> None:
     Raises:
         CarvError: without matplotlib, or if the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as err:
-        raise CarvError("`plot` needs matplotlib, which is not installed; `pip install 'carv-attrib[plot]'`.") from err
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = new_figure(9, 3.6)
     left, right = figure.subplots(1, 2)
     left.semilogy(plan.profile.timesteps, plan.profile.rms_norms, marker=".", color="C0")
     left.set(xlabel="timestep", ylabel="rms gradient norm")
@@ -202,7 +198,4 @@ def save_plot(plan: Plan, path: str | Path) -> None:
     right.plot(best.seconds.value, best.feature_error.value, "*", color="black", markersize=12, label="recommended")
     right.set(xlabel="seconds for the whole dataset", ylabel="relative error of a feature", xscale="log", yscale="log")
     right.legend()
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as err:
-        raise CarvError(f"`plot` cannot be written to {path}: {err}; name a .png, .pdf or .svg file.") from err
+    save_figure(figure, path)

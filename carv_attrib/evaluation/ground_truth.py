@@ -1,9 +1,7 @@
-"""`evaluate`: the scores of an index against retrained models (`docs/evaluation.md`)."""
+"""Scores against the losses of models that were retrained on subsets: the LDS."""
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +13,10 @@ from PIL import Image
 
 from carv_attrib.attributor import Attributor
 from carv_attrib.errors import DataError
+from carv_attrib.evaluation.arrays import read_arrays
+from carv_attrib.evaluation.queries import Queries
 from carv_attrib.metrics import linear_datamodeling_score, predicted_losses, seed_ceiling
-from carv_attrib.variance import Measured
+from carv_attrib.report.measures import Measures
 
 _ARRAYS = {
     "masks": ("models", "train"),
@@ -28,7 +28,6 @@ _ARRAYS = {
     "query_labels": ("queries",),
     "query_kinds": ("queries",),
 }
-_READ_ERRORS = (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -60,14 +59,9 @@ class GroundTruth:
         Raises:
             DataError: if the file cannot be read, or lacks something.
         """
-        if Path(path).is_file() and not zipfile.is_zipfile(path):
-            raise DataError(f"`ground_truth` {path} must be an .npz file; see docs/evaluation.md.")
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        except _READ_ERRORS as err:
-            raise DataError(f"`ground_truth` {path} cannot be read: {' '.join(str(err).split())}.") from err
-        _check_shapes(path, arrays)
+        arrays = read_arrays(path, "ground_truth", _ARRAYS)
+        if not np.isfinite(arrays["losses"]).all():
+            raise DataError(f"`ground_truth` {path} must have finite losses; train the models that failed again.")
         models, num_seeds = [], len(np.unique(arrays["seeds"]))
         for subset in np.unique(arrays["subsets"]):
             own = np.flatnonzero(arrays["subsets"] == subset)
@@ -87,43 +81,32 @@ class GroundTruth:
             **{name: arrays[name] for name in ("train_ids", "query_images", "query_labels", "query_kinds")},
         )
 
+    @property
+    def queries(self) -> Queries:
+        """The queries, to ask an index about."""
+        return Queries(
+            images=[Image.fromarray(pixels) for pixels in self.query_images],
+            labels=self.query_labels.tolist() if (self.query_labels >= 0).all() else None,
+            kinds=self.query_kinds.tolist(),
+        )
+
     def scores(self, attributor: Attributor, **choice: Any) -> Float[np.ndarray, "queries train"]:
         """Return an index's scores of the queries; keywords are those of `Attributor.scores`.
 
         Raises:
-            DataError: if the index is not of these training examples.
+            DataError: if the index is not of these training examples, or its teacher needs more than the queries have.
         """
         if not np.array_equal(attributor.ids, self.train_ids):
             raise DataError(
                 f"the ids of the index (={len(attributor.ids)}) are not the `train_ids` of the ground truth "
                 f"(={len(self.train_ids)}); featurize those examples, with their `id_column`."
             )
-        labels = self.query_labels.tolist()
-        return attributor.scores(
-            [Image.fromarray(pixels) for pixels in self.query_images],
-            labels=None if min(labels) < 0 else labels,
-            **choice,
-        )
+        return self.queries.scores(attributor, **choice)
 
 
-def _check_shapes(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Check that all arrays are there, and that their axes have the same lengths everywhere."""
-    lengths: dict[str, int] = {}
-    for name, axes in _ARRAYS.items():
-        shape = arrays[name].shape if name in arrays else ()
-        sizes = dict(zip(axes, shape, strict=False))
-        if len(sizes) < len(axes) or any(lengths.setdefault(axis, size) != size for axis, size in sizes.items()):
-            raise DataError(
-                f"`ground_truth` {path} must have an array {name} ({', '.join(axes)}) whose axes fit the others, "
-                f"its shape is {shape}; see docs/evaluation.md."
-            )
-    if not np.isfinite(arrays["losses"]).all():
-        raise DataError(f"`ground_truth` {path} must have finite losses; train the models that failed again.")
-
-
-def lds(truth: GroundTruth, scores: Mapping[str, Float[np.ndarray, "queries train"]]) -> dict[str, dict[str, Measured]]:
+def lds(truth: GroundTruth, scores: Mapping[str, Float[np.ndarray, "queries train"]]) -> Measures:
     """Return the LDS of several scores, and the ceiling, for each kind of query."""
-    table = {}
+    table: Measures = {}
     for kind in dict.fromkeys(truth.query_kinds.tolist()):
         queries = np.flatnonzero(truth.query_kinds == kind)
         losses = truth.losses[:, :, queries].mean(3)

@@ -1,0 +1,44 @@
+"""Arrays from an npz file, with the axes that are expected of them."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from carv_attrib.errors import DataError
+
+_READ_ERRORS = (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+def read_arrays(path: str | Path, argument: str, axes: Mapping[str, tuple[str, ...]]) -> dict[str, np.ndarray]:
+    """Return all arrays in an npz file, never a pickle.
+
+    Args:
+        path: of the file.
+        argument: what errors call it.
+        axes: names of the first axes of each array that must be there; those of one name have one length.
+
+    Raises:
+        DataError: if the file cannot be read, or lacks something.
+    """
+    if Path(path).is_file() and not zipfile.is_zipfile(path):
+        raise DataError(f"`{argument}` {path} must be an .npz file; see docs/evaluation.md.")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except _READ_ERRORS as err:
+        raise DataError(f"`{argument}` {path} cannot be read: {' '.join(str(err).split())}.") from err
+    lengths: dict[str, int] = {}
+    for name, own_axes in axes.items():
+        shape = arrays[name].shape if name in arrays else ()
+        sizes = dict(zip(own_axes, shape, strict=False))
+        if len(sizes) < len(own_axes) or any(lengths.setdefault(axis, size) != size for axis, size in sizes.items()):
+            raise DataError(
+                f"`{argument}` {path} must have an array {name} ({', '.join(own_axes)}) whose axes fit the others, "
+                f"its shape is {shape}; see docs/evaluation.md."
+            )
+    return arrays
