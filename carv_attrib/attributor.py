@@ -18,13 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 from carv_attrib.config import FeaturizeConfig, check_at_least, check_choice
-from carv_attrib.data import open_image, thumbnail, to_pixels
+from carv_attrib.data import ExampleDataset, open_image, thumbnail, to_pixels
 from carv_attrib.errors import ArgumentError, StoreError
 from carv_attrib.estimator import Encoded, Estimator, average_bands, check_finite
 from carv_attrib.index import FeatureIndex, IndexSettings, read_index_settings
 from carv_attrib.kernel import Damping, Kernel, KernelKind, ScoreKind, fit_kernel, load_kernel
 from carv_attrib.manifest import restore_estimator
-from carv_attrib.refinement import Refinement, encode_candidates, more_replicates
+from carv_attrib.refinement import Refinement, choose_references, encode_examples, fresh_draws, reopen_dataset
 from carv_attrib.report import Match, QueryResult
 from carv_attrib.scores import BandScores, join, score_bands
 from carv_attrib.store import FeatureStore
@@ -78,6 +78,8 @@ class Attributor:
         self._dataset = dataset
         self._kernels: dict[KernelKind, Kernel] = {}
         self._indexes: dict[Choice, FeatureIndex] = {}
+        self._encoded_references: Encoded | None = None
+        self._references: dict[int, Tensor] = {}
         self.ids: Int64[np.ndarray, " train"] = np.sort(store.ids)
 
     @staticmethod
@@ -163,7 +165,7 @@ class Attributor:
         choice = self._resolve(score, kernel, damping)
         refinement = None if refine is None else Refinement(refine, target_se, max_draws)
         if refinement:
-            refinement.check(top_k, self.store.manifest)
+            refinement.check(top_k, choice[1], self.store.manifest)
         elif target_se is not None:
             raise ArgumentError("`target_se` is where refining stops; give `refine` too: how many examples to refine.")
         picture, name = _open(image)
@@ -171,11 +173,11 @@ class Attributor:
         query = self._features(asked)
         positions = self._candidates(query, choice, refine or max(NUM_CANDIDATES, 2 * top_k), opponents=opponents)
         train = self.store.read_features(positions.tolist())
-        evaluations = self.estimator.config.draws_per_example
+        evaluations, refined = self.estimator.config.draws_per_example, None
         if refinement:
-            query, train, more = self._refine(asked, positions, query, train, choice, refinement, top_k)
+            query, train, refined, more = self._refine(asked, positions, query, train, choice, refinement, top_k)
             evaluations += more
-        found = self._score(query, train, choice)
+        found = self._score(query, train, choice, refined)
         return QueryResult(
             query=name,
             condition=_describe_condition(label, prompt, self.store.manifest["dataset"]["label_names"]),
@@ -313,10 +315,10 @@ class Attributor:
         found = [index.search(sign * banded, score=score, damping=damping, top_k=number)[0] for sign in signs]
         return np.unique(np.concatenate(found))
 
-    def _score(self, query: Tensor, train: Tensor, choice: Choice) -> BandScores:
-        """Return the scores of banded features."""
+    def _score(self, query: Tensor, train: Tensor, choice: Choice, kernel: Kernel | None = None) -> BandScores:
+        """Return the scores of banded features, with the kernel of the index unless another is given."""
         score, kind, damping = choice
-        kernel = self._kernel(kind)
+        kernel = kernel or self._kernel(kind)
         return score_bands(
             kernel.banded(query),
             kernel.banded(train),
@@ -334,20 +336,46 @@ class Attributor:
         choice: Choice,
         refinement: Refinement,
         top_k: int,
-    ) -> tuple[Tensor, Tensor, int]:
-        """Return features of a query and of candidates with more replicates, and the network evaluations it took."""
-        manifest, ids = self.store.manifest, self.store.ids[positions].tolist()
-        estimator = replace(self.estimator, micro_batch=manifest["micro_batch"])
-        candidates = encode_candidates(estimator, manifest, self._dataset, ids)
+    ) -> tuple[Tensor, Tensor, Kernel, int]:
+        """Return features of a query and of candidates with more replicates, their kernel, and its network evaluations.
+
+        The draws are the same for the query, the candidates and the references, whose draws the kernel is made of.
+        """
+        ids = self.store.ids[positions].tolist()
+        estimator = replace(self.estimator, micro_batch=self.store.manifest["micro_batch"])
+        preconditioned = choice[0].startswith("preconditioned")
+        encoded = encode_examples(estimator, self._examples, ids)
+        kernel, vectors, evaluations = self._kernel(choice[1]), [], 0
         rounds = refinement.max_draws // estimator.config.num_draws - 1
         for number in range(rounds):
-            query = torch.cat([query, more_replicates(estimator, asked.encoded, asked.ids, number)], dim=2)
-            train = torch.cat([train, more_replicates(estimator, candidates, ids, number)], dim=2)
-            found = self._score(query, train, choice)
+            query = torch.cat([query, fresh_draws(estimator, asked.encoded, asked.ids, number)[0]], dim=2)
+            train = torch.cat([train, fresh_draws(estimator, encoded, ids, number)[0]], dim=2)
+            evaluations += estimator.config.draws_per_example * (1 + len(ids))
+            if preconditioned:
+                evaluations += self._draw_references(estimator, number)
+                vectors.append(self._references[number])
+            if preconditioned and (refinement.target_se or number == rounds - 1):
+                kernel = self._kernel(choice[1]).refined(torch.cat(vectors, dim=1).double())
+            found = self._score(query, train, choice, kernel)
             shown = found.scores[0].topk(min(top_k, len(ids))).indices
             if refinement.target_se and found.standard_errors[0, shown].max() <= refinement.target_se:
                 break
-        return query, train, (number + 1) * estimator.config.draws_per_example * (1 + len(ids))
+        return query, train, kernel, evaluations
+
+    def _draw_references(self, estimator: Estimator, number: int) -> int:
+        """Keep the draws of a round of the references, the same for all queries; return the evaluations it took."""
+        if number in self._references:
+            return 0
+        ids = choose_references(self.store)
+        if self._encoded_references is None:
+            self._encoded_references = encode_examples(estimator, self._examples, ids)
+        _, self._references[number] = fresh_draws(estimator, self._encoded_references, ids, number)
+        return estimator.config.draws_per_example * len(ids)
+
+    @cached_property
+    def _examples(self) -> ExampleDataset:
+        """The training examples, for refining."""
+        return reopen_dataset(self._dataset, self.store.manifest)
 
     def _matches(
         self, found: BandScores, positions: Int64[np.ndarray, " candidates"], top_k: int, sign: int = 1

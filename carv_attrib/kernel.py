@@ -55,6 +55,19 @@ class Kernel:
         rotated = features.double() @ self.eigenvectors
         return rotated if self.kind == "draws" else rotated.mean(-3, keepdim=True)
 
+    def refined(self, vectors: Float64[Tensor, "examples draws d"]) -> Kernel:
+        """Return the kernel of scores that have other draws than this one's, from those draws of a few examples.
+
+        Gradients are whitened well only by an H that has seen the same draws; of few examples it is noisy. So H is the
+        mean of both, and `auto` is chosen from the few.
+        """
+        flat = vectors.flatten(0, 1)
+        fresh = flat.T @ flat / len(flat)
+        known = (self.eigenvectors * self.eigenvalues) @ self.eigenvectors.T
+        squares = (vectors @ vectors.transpose(1, 2)).square().sum((1, 2)) / vectors.shape[1] ** 2
+        auto_damping = choose_damping(fresh, float(squares.mean()), len(vectors))
+        return decompose((fresh + known) / 2 * len(flat), len(flat), self.kind, auto_damping)
+
     def damping(self, damping: Damping) -> float:
         """Return lambda, relative to the mean eigenvalue: the given number, or what was chosen for `auto`.
 

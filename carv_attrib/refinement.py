@@ -7,18 +7,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from carv_attrib.batches import encode_batch, read_batch
 from carv_attrib.config import DataConfig, FeaturizeConfig, check_at_least
-from carv_attrib.data import open_dataset
+from carv_attrib.data import ExampleDataset, open_dataset
 from carv_attrib.errors import ArgumentError, StoreMismatchError
-from carv_attrib.estimator import Encoded, Estimator, average_bands, check_finite
-from carv_attrib.seeding import stream_key
+from carv_attrib.estimator import Encoded, Estimator, average_bands, check_finite, kernel_vectors
+from carv_attrib.kernel import KernelKind
+from carv_attrib.seeding import choose_positions, stream_key
+from carv_attrib.store import FeatureStore
 
 if TYPE_CHECKING:
     import datasets
+
+NUM_REFERENCES = 100
+"""Examples whose fresh draws feed the kernel of a refined score."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Refinement:
     target_se: float | None
     max_draws: int
 
-    def check(self, top_k: int, manifest: Mapping[str, Any]) -> None:
+    def check(self, top_k: int, kernel: KernelKind, manifest: Mapping[str, Any]) -> None:
         """Check the numbers, and that an index can be refined.
 
         Raises:
@@ -48,6 +54,8 @@ class Refinement:
             raise ArgumentError(
                 f"`target_se` must be a positive number, got {self.target_se}; it has the score's unit."
             )
+        if kernel != "draws":
+            raise ArgumentError(f"`refine` needs `kernel` draws, got {kernel}; give the first.")
         if config.every_draw_a_band and config.proposal != "uniform":
             raise ArgumentError(
                 "`refine` needs means over draws, but this index keeps every draw with the root of its weight; "
@@ -60,14 +68,12 @@ class Refinement:
             )
 
 
-def encode_candidates(
-    estimator: Estimator, manifest: Mapping[str, Any], dataset: str | Path | datasets.Dataset, ids: Sequence[int]
-) -> Encoded:
-    """Return the training examples with the given ids, read from their data set and encoded again.
+def reopen_dataset(dataset: str | Path | datasets.Dataset, manifest: Mapping[str, Any]) -> ExampleDataset:
+    """Return the data set that an index was made from.
 
     Raises:
-        DataError: if the data set cannot be read.
-        StoreMismatchError: if it is not the one that the index was made from.
+        DataError: if it cannot be read.
+        StoreMismatchError: if it is another.
     """
     config = manifest["config"]
     examples = open_dataset(dataset, **{name: config[name] for name in DataConfig.__dataclass_fields__})
@@ -76,15 +82,32 @@ def encode_candidates(
             f"the index was made from another data set ({manifest['dataset']['source']}), not from {examples.source}; "
             "their fingerprints differ. Give the first as `dataset`."
         )
+    return examples
+
+
+def encode_examples(estimator: Estimator, examples: ExampleDataset, ids: Sequence[int]) -> Encoded:
+    """Return the training examples with the given ids, read and encoded again.
+
+    Raises:
+        BadImageError: if one cannot be read any more.
+    """
     rows = {int(i): row for row, i in enumerate(examples.ids)}
     batch = read_batch(examples, [rows[i] for i in ids], estimator.teacher, skip_bad=False)
     return encode_batch(estimator, batch)
 
 
-def more_replicates(
+def choose_references(store: FeatureStore) -> list[int]:
+    """Return the ids of the examples whose fresh draws feed the kernel of a refined score, chosen by a hash."""
+    ids = torch.from_numpy(store.ids)
+    key = stream_key(store.manifest["config"]["seed"], "kernel")
+    found: list[int] = ids[choose_positions(key, ids, NUM_REFERENCES)].tolist()
+    return found
+
+
+def fresh_draws(
     estimator: Estimator, encoded: Encoded, ids: Sequence[int], number: int
-) -> Float[Tensor, "batch bands replicates proj_dim"]:
-    """Return banded features of fresh draws, independent of those of the index and of any other round.
+) -> tuple[Float[Tensor, "batch bands replicates proj_dim"], Float[Tensor, "batch draws proj_dim"]]:
+    """Return banded features, and vectors for a kernel, of draws that are independent of the index's and other rounds'.
 
     Args:
         estimator: of the index.
@@ -101,4 +124,4 @@ def more_replicates(
     draws = fresh.draws(ids)
     features = fresh.features(encoded, draws)
     check_finite(features, [f"number {i}" for i in ids])
-    return average_bands(features, draws, config)
+    return average_bands(features, draws, config), kernel_vectors(features, draws)

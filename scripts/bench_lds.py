@@ -6,49 +6,46 @@ Writes:   docs/benchmarks/lds/TASK/lds.json, and the table that it prints; score
           killed run goes on, and a larger ground truth needs no new features
 
 Methods are settings of `featurize` and of the query. Each is scored at every damping of a grid; the damping is chosen
-on the even subsets, and the odd ones are reported, for all methods alike. The recipes of TRAK and D-TRAK have their
-draws, objective, weighting and kernel, but the projection of this package. Mean over queries of the rank correlation
-over subsets; standard errors by a bootstrap over subsets and queries, and of the difference to the default by the same
+on the even subsets, and the odd ones are reported, for all methods alike. TRAK and D-TRAK run the code of `trak` at
+2,048 dimensions, its default, where ours has 512 (`lds_peers.py`); `lds_unprojected.py` has ours without a projection.
+What is equal is the teacher, the queries and the number of draws. Mean over queries of the rank correlation over
+subsets; standard errors by a bootstrap over subsets and queries, and of the difference to the default by the same
 resamples.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from dataclasses import astuple, dataclass
-from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import torch
 from benchmark import describe_machine
+from lds_inputs import DAMPINGS, Inputs, index, kept
+from lds_peers import Peer, dtrak_recipe, trak_recipe
+from lds_unprojected import WithoutProjection
 from make_lds_ground_truth import FOLDER, TASKS, load_digits, query_pixels
 from rich.console import Console
 from rich.table import Table
 
-from carv_attrib import featurize, load_teacher
-from carv_attrib.data.sources import open_digits
-from carv_attrib.estimator import Estimator, average_bands
+from carv_attrib import load_teacher
+from carv_attrib.estimator import average_bands
 from carv_attrib.evaluation import GroundTruth
-from carv_attrib.kernel import KernelKind, ScoreKind, fit_kernel, similarity
+from carv_attrib.kernel import Damping, KernelKind, ScoreKind, fit_kernel
 from carv_attrib.manifest import restore_estimator
 from carv_attrib.metrics import measured, predicted_losses, resampled_lds, seed_ceiling, spearman
+from carv_attrib.scores import score_bands
 from carv_attrib.seeding import stream
 from carv_attrib.store import FeatureStore, atomic_file
-from carv_attrib.teacher import Teacher
 
-WORK = Path("build/lds")
-DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 DEFAULT = "ours, 4 draws"
-TRAK = {"scheme": "iid", "noise": "independent", "weighting": "uniform", "num_bands": 1}
-DTRAK = {"scheme": "grid", "objective": "squared-norm", "weighting": "uniform", "num_bands": 1}
 
 
 @dataclass(frozen=True)
-class Method:
+class Ours:
     """Settings of an index, and of its queries.
 
     Attributes:
@@ -61,67 +58,66 @@ class Method:
     kernel: KernelKind = "draws"
     score: ScoreKind = "preconditioned"
 
+    @property
+    def num_draws(self) -> int:
+        """Network evaluations for each example."""
+        return int(self.settings["num_draws"])
+
+    def scores(self, inputs: Inputs) -> dict[str, np.ndarray]:
+        """Return the scores of all queries at every damping; they and the index are made where they are missing."""
+        settings = {"num_bands": min(4, self.num_draws), **self.settings}
+        file = inputs.folder(settings).with_suffix(f".{self.kernel}.{self.score}.npz")
+        return kept(file, lambda: score_at_dampings(inputs, index(inputs, settings), self))
+
+
+Method = Ours | Peer | WithoutProjection
+
 
 def methods() -> dict[str, Method]:
     """Return the methods by name, the quick ones first."""
-    found = {f"ours, {k} draws": Method({"num_draws": k}) for k in (1, 2, 4, 8, 16, 64)}
+    found: dict[str, Method] = {f"ours, {k} draws": Ours({"num_draws": k}) for k in (1, 2, 4, 8, 16, 64)}
     for bands in (1, 2, 8, 16):
-        found[f"ours, 16 draws, {bands} bands"] = Method({"num_draws": 16, "num_bands": bands})
+        found[f"ours, 16 draws, {bands} bands"] = Ours({"num_draws": 16, "num_bands": bands})
     for k in (4, 16):
-        found[f"ours, {k} draws, kernel means"] = Method({"num_draws": k}, "means")
-        found[f"ours, {k} draws, cosine"] = Method({"num_draws": k}, score="preconditioned-cosine")
+        found[f"ours, {k} draws, kernel means"] = Ours({"num_draws": k}, "means")
+        found[f"ours, {k} draws, cosine"] = Ours({"num_draws": k}, score="preconditioned-cosine")
     for objective in ("squared-norm", "mean"):
-        found[f"ours, 16 draws, {objective}"] = Method({"num_draws": 16, "objective": objective})
-    found["ours, 16 draws, uniform weighting"] = Method({"num_draws": 16, "weighting": "uniform"})
-    found["ours, 16 draws, independent noise"] = Method({"num_draws": 16, "noise": "independent"})
-    found["ours, 16 draws, antithetic"] = Method({"num_draws": 16, "scheme": "antithetic"})
-    found |= {f"ours, 4 draws, {d} dims": Method({"num_draws": 4, "proj_dim": d}) for d in (128, 256, 1024, 2048)}
-    found |= {f"ours, 4 draws, rank {r}": Method({"num_draws": 4, "rank": r}) for r in (4, 16)}
-    found |= {f"TRAK, {k} draws": Method({**TRAK, "num_draws": k}, "means") for k in (4, 16, 64)}
-    found |= {f"D-TRAK, {k} draws": Method({**DTRAK, "num_draws": k}, "means") for k in (10, 100)}
-    return dict(sorted(found.items(), key=lambda pair: pair[1].settings["num_draws"]))
+        found[f"ours, 16 draws, {objective}"] = Ours({"num_draws": 16, "objective": objective})
+    found["ours, 16 draws, uniform weighting"] = Ours({"num_draws": 16, "weighting": "uniform"})
+    found["ours, 16 draws, independent noise"] = Ours({"num_draws": 16, "noise": "independent"})
+    found["ours, 16 draws, antithetic"] = Ours({"num_draws": 16, "scheme": "antithetic"})
+    found |= {f"ours, 4 draws, {d} dims": Ours({"num_draws": 4, "proj_dim": d}) for d in (64, 128, 256, 1024, 2048)}
+    found |= {f"ours, 4 draws, rank {r}": Ours({"num_draws": 4, "rank": r}) for r in (4, 16)}
+    for d in (2048, 4096):  # more than all layers have at rank 8
+        found[f"ours, 4 draws, rank 16, {d} dims"] = Ours({"num_draws": 4, "rank": 16, "proj_dim": d})
+    found["ours, 4 draws, kernel of all"] = Ours({"num_draws": 4, "kernel_examples": 2000})
+    found["ours, 4 draws, unprojected"] = WithoutProjection(4)
+    found |= {f"TRAK, {k} draws": trak_recipe(k) for k in (4, 16, 64)}
+    found |= {f"D-TRAK, {k} draws": dtrak_recipe(k) for k in (10, 100)}
+    return dict(sorted(found.items(), key=lambda pair: pair[1].num_draws))
 
 
-def score(method: Method, task: str, teacher: Teacher, truth: GroundTruth) -> dict[str, np.ndarray]:
-    """Return the scores of a method at every damping; they and the index are made where they are missing."""
-    settings = {"num_bands": min(4, method.settings["num_draws"]), **method.settings}
-    folder = WORK / task / named(settings, teacher.fingerprint)
-    file = folder.with_suffix(f".{method.kernel}.{method.score}.npz")
-    if not file.is_file():
-        digits = open_digits().select(truth.train_ids).add_column("id", truth.train_ids.tolist())
-        latents = str(WORK / task / "latents")
-        store = featurize(teacher, digits, folder, id_column="id", latent_cache=latents, **settings)
-        scores = score_at_dampings(restore_estimator(teacher, store.manifest), store, method, truth)
-        with atomic_file(file) as temporary, temporary.open("wb") as opened:
-            np.savez(opened, **scores)
-    with np.load(file) as content:
-        return dict(content)
-
-
-def named(settings: dict[str, Any], fingerprint: str) -> str:
-    """Return a name for what was made with some settings and a teacher."""
-    return hashlib.sha256(json.dumps([settings, fingerprint], sort_keys=True).encode()).hexdigest()[:24]
-
-
-def score_at_dampings(
-    estimator: Estimator, store: FeatureStore, method: Method, truth: GroundTruth
-) -> dict[str, np.ndarray]:
+def score_at_dampings(inputs: Inputs, store: FeatureStore, method: Ours) -> dict[str, np.ndarray]:
     """Return the scores of all queries, whose features are made once, at every damping."""
-    labels = truth.query_labels.tolist()
-    pixels = query_pixels(estimator.teacher, truth.query_images)
-    ids = [-1 - row for row in range(len(pixels))]
+    estimator = restore_estimator(inputs.teacher, store.manifest)
+    labels = inputs.truth.query_labels.tolist()
+    pixels = query_pixels(inputs.teacher, inputs.truth.query_images)
+    ids = inputs.ids[inputs.num_train :]
     draws = estimator.draws(ids)
     encoded = estimator.encode(pixels, None if min(labels) < 0 else labels, None, ids)
     kernel = fit_kernel(store, method.kernel)
     query = kernel.banded(average_bands(estimator.features(encoded, draws), draws, estimator.config))
     train = torch.cat([kernel.banded(store.read_part(part).features) for part in store.parts])
     normalise = method.score.endswith("cosine")
+    dampings: tuple[Damping, ...] = (*DAMPINGS, "auto")
     return {
-        str(damping): similarity(query, train, kernel.inverse(method.score, damping), normalise=normalise)[0]
-        .float()
+        str(damping): score_bands(
+            query, train, kernel.inverse(method.score, damping), normalise=normalise, independent=False
+        )
+        .scores.float()
         .numpy()
-        for damping in DAMPINGS
-    }
+        for damping in dampings
+    } | {"auto is": np.array(kernel.auto_damping)}
 
 
 def baselines(task: str, truth: GroundTruth) -> dict[str, np.ndarray]:
@@ -140,13 +136,14 @@ def baselines(task: str, truth: GroundTruth) -> dict[str, np.ndarray]:
 
 
 def by_damping(
-    scores: dict[str, np.ndarray], truth: GroundTruth, queries: np.ndarray, even: np.ndarray
+    scores: dict[str, np.ndarray], truth: GroundTruth, queries: np.ndarray, subsets: np.ndarray
 ) -> dict[str, float]:
-    """Return the LDS on the even subsets at each damping."""
-    losses = truth.losses[even][:, :, queries].mean((1, 3))
+    """Return the LDS on some subsets at each damping of the grid."""
+    losses = truth.losses[subsets][:, :, queries].mean((1, 3))
     return {
-        damping: float(spearman(predicted_losses(own[queries], truth.masks[even]), losses).mean())
+        damping: float(spearman(predicted_losses(own[queries], truth.masks[subsets]), losses).mean())
         for damping, own in scores.items()
+        if not damping.startswith("auto")
     }
 
 
@@ -160,7 +157,9 @@ def evaluate(scores: dict[str, dict[str, np.ndarray]], truth: GroundTruth) -> di
         losses = truth.losses[odd][:, :, queries].mean(3)
         chosen_on = {name: by_damping(own, truth, queries, even) for name, own in scores.items()}
         best = {name: max(found, key=lambda damping: found[damping]) for name, found in chosen_on.items()}
-        predicted = {name: predicted_losses(own[best[name]][queries], truth.masks[odd]) for name, own in scores.items()}
+        own_choice = {name: own[best[name]] for name, own in scores.items()}
+        own_choice |= {f"{name}: auto": own["auto"] for name, own in scores.items() if "auto" in own}
+        predicted = {name: predicted_losses(own[queries], truth.masks[odd]) for name, own in own_choice.items()}
         resampled = resampled_lds(predicted, losses.mean(1))
         default = resampled.get(DEFAULT)
         rows = {
@@ -170,6 +169,7 @@ def evaluate(scores: dict[str, dict[str, np.ndarray]], truth: GroundTruth) -> di
                 "damping": best[name],
                 "by_damping_even": chosen_on[name],
             }
+            | automatic(name, scores[name], resampled, by_damping(scores[name], truth, queries, odd))
             for name in scores
         }
         ceilings = zip(("seed_to_seed", "ceiling"), seed_ceiling(losses), strict=True)
@@ -177,9 +177,25 @@ def evaluate(scores: dict[str, dict[str, np.ndarray]], truth: GroundTruth) -> di
     return result
 
 
+def automatic(
+    name: str, scores: dict[str, np.ndarray], resampled: dict[str, np.ndarray], hindsight: dict[str, float]
+) -> dict[str, Any]:
+    """Return the automatic damping, its LDS, and that over the best of the grid on the very subsets it is reported on."""
+    if "auto" not in scores:
+        return {}
+    found = resampled[f"{name}: auto"]
+    return {
+        "auto_damping": float(scores["auto is"]),
+        "lds_auto": astuple(measured(found)),
+        "auto_over_hindsight": float(found[0]) / max(hindsight.values()),
+    }
+
+
 def print_table(result: dict[str, Any]) -> None:
     """Print the LDS of every method for each kind of query."""
-    table = Table("method", *(f"{kind}: {column}" for kind in result for column in ("LDS", "less default", "damping")))
+    table = Table(
+        "method", *(f"{kind}: {column}" for kind in result for column in ("LDS", "less default", "damping", "auto"))
+    )
     for name in next(iter(result.values()))["rows"]:
         cells = []
         for kind in result:
@@ -189,12 +205,15 @@ def print_table(result: dict[str, Any]) -> None:
                 "{:.3f} ± {:.3f}".format(*row["lds"]),
                 "{:+.3f} ± {:.3f}".format(*less) if less else "",
                 row["damping"],
+                "{:.3f} ({:.3f} of best)".format(row["lds_auto"][0], row["auto_over_hindsight"])
+                if "lds_auto" in row
+                else "",
             ]
         table.add_row(name, *cells)
     for label in ("seed_to_seed", "ceiling"):
-        cells = [cell for kind in result for cell in ("{:.3f} ± {:.3f}".format(*result[kind][label]), "", "")]
+        cells = [cell for kind in result for cell in ("{:.3f} ± {:.3f}".format(*result[kind][label]), "", "", "")]
         table.add_row(label.replace("_", " "), *cells)
-    Console(width=140).print(table)
+    Console(width=170).print(table)
 
 
 @click.command()
@@ -205,12 +224,12 @@ def main(task: str, only: str, most_draws: int) -> None:
     """Score every method that is missing, and print the table."""
     folder = FOLDER / task
     truth = GroundTruth.load(folder / "ground-truth.npz")
-    teacher = load_teacher(folder / "teacher", device="cpu")
+    inputs = Inputs(task, load_teacher(folder / "teacher", device="cpu"), truth)
     scores = {name: {"": own} for name, own in baselines(task, truth).items()}
     for name, method in methods().items():
-        if only in name and method.settings["num_draws"] <= most_draws:
+        if only in name and method.num_draws <= most_draws:
             print(time.strftime("%H:%M:%S"), name, flush=True)
-            scores[name] = score(method, task, teacher, truth)
+            scores[name] = method.scores(inputs)
     result = {
         "command": f"python scripts/bench_lds.py --task {task} --most-draws {most_draws}",
         "machine": describe_machine(),

@@ -308,7 +308,8 @@ def test_self_retrieval_needs_the_dataset_of_the_index(
     assert self_retrieval(attributor, tmp_path / "moved", num_queries=2)
     next((tmp_path / "moved").rglob("*.png")).unlink()
     with pytest.raises(
-        StoreMismatchError, match=r"`dataset` .*moved is not what .* was made from: fingerprints differ"
+        StoreMismatchError,
+        match=r"the index was made from another data set .*, not from .*moved; their fingerprints differ",
     ):
         self_retrieval(attributor, tmp_path / "moved")
     with pytest.raises(ArgumentError, match=r"`top_k` must be from 1 .* \(=20\), got 21"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,11 @@ from jaxtyping import Float, Int64
 from PIL import Image
 
 from carv_attrib.attributor import Attributor
-from carv_attrib.config import FeaturizeConfig, check_at_least
+from carv_attrib.config import check_at_least
 from carv_attrib.data import ExampleDataset, open_dataset
 from carv_attrib.errors import DataError, StoreMismatchError
 from carv_attrib.metrics import check_top_k, measured, ranks, resampled_means, spearman, top_k_overlap
+from carv_attrib.refinement import reopen_dataset
 from carv_attrib.report.measures import Measures
 from carv_attrib.seeding import choose_positions, stream_key
 
@@ -193,13 +194,7 @@ def self_retrieval(
     check_top_k(top_k, len(attributor.ids))
     positions = _choose(attributor.ids, num_queries)
     manifest = attributor.store.manifest
-    columns = asdict(FeaturizeConfig.from_flat(manifest["config"]).data)
-    examples = open_dataset(manifest["dataset"]["source"] if dataset is None else dataset, **columns)
-    if examples.fingerprint != manifest["dataset"]["fingerprint"]:
-        raise StoreMismatchError(
-            f"`dataset` {examples.source} is not what {attributor.store.path} was made from: fingerprints differ; "
-            "name the folder or file that was featurized."
-        )
+    examples = reopen_dataset(manifest["dataset"]["source"] if dataset is None else dataset, manifest)
     row_of = {id_: row for row, id_ in enumerate(examples.ids.tolist())}
     queries = Queries.read(examples, [row_of[id_] for id_ in attributor.ids[positions].tolist()])
     rank = ranks(queries.scores(attributor, **choice), np.array(positions))

@@ -1,0 +1,116 @@
+"""More draws at query time: what they do to scores and errors, where they stop, and what cannot be refined."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from carv_attrib import Attributor, featurize
+from carv_attrib.data import open_dataset
+from carv_attrib.errors import ArgumentError, DataError, StoreMismatchError
+from carv_attrib.refinement import choose_references, encode_examples, fresh_draws
+from tests.conftest import SETTINGS
+
+
+@pytest.fixture(scope="module")
+def attributor(tiny_index: Path) -> Attributor:
+    return Attributor.open(tiny_index, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def picture(digits_folder: Path) -> Path:
+    return digits_folder / "1" / "001.png"
+
+
+def test_refined_scores_are_those_of_all_draws_together(attributor: Attributor, picture: Path) -> None:
+    """Equation (11) by hand: means over replicates of all rounds, an H of the references' fresh draws and the index."""
+    refined = attributor.query(picture, label=1, top_k=20, refine=20, max_draws=12, damping=0.5)
+    estimator, store = attributor.estimator, attributor.store
+    asked = attributor._encode([Image.open(picture)], [1], None)
+    references = choose_references(store)
+    examples = open_dataset(store.manifest["dataset"]["source"])
+    encoded = encode_examples(estimator, examples, store.ids.tolist())
+    query, train, vectors = [attributor._features(asked)], [store.read_features(range(20))], []
+    for number in range(2):
+        query.append(fresh_draws(estimator, asked.encoded, asked.ids, number)[0])
+        bands, draws = fresh_draws(estimator, encoded, store.ids.tolist(), number)
+        train.append(bands)
+        vectors.append(draws[torch.tensor(references)])
+    q, t = (torch.cat(x, dim=2).mean(2).double() for x in (query, train))
+    own = attributor._kernel("draws")
+    flat = torch.cat(vectors, dim=1).double().flatten(0, 1)
+    hessian = (flat.T @ flat / len(flat) + own.eigenvectors @ own.eigenvalues.diag() @ own.eigenvectors.T) / 2
+    damped = hessian + 0.5 * torch.trace(hessian) / len(hessian) * torch.eye(len(hessian)).double()
+    expected = torch.stack([q[0, b] @ torch.linalg.solve(damped, t[:, b].T) for b in range(2)]).mean(0)
+    np.testing.assert_allclose(refined.scores, expected[torch.from_numpy(refined.ids)], rtol=1e-4, atol=1e-6)
+    assert refined.cost["network_evaluations"] == 4 + 2 * 4 * (1 + 20 + len(references))
+    again = attributor.query(picture, label=1, top_k=20, refine=20, max_draws=12, damping=0.5)
+    assert again.cost["network_evaluations"] == 4 + 2 * 4 * (1 + 20)  # the references' draws are kept
+    np.testing.assert_array_equal(again.scores, refined.scores)
+
+
+def test_fresh_draws_are_new_in_each_round_and_shared_between_examples(attributor: Attributor, picture: Path) -> None:
+    asked = attributor._encode([Image.open(picture)] * 2, [1, 1], None)
+    of_index = attributor._features(asked)
+    first, second = (fresh_draws(attributor.estimator, asked.encoded, [-1, -2], n)[0] for n in range(2))
+    torch.testing.assert_close(first[0], first[1])
+    for one, other in ((of_index, first), (first, second)):
+        assert not torch.allclose(one, other, rtol=0.1)
+
+
+def test_refining_stops_at_the_error_that_was_asked_for(attributor: Attributor, picture: Path) -> None:
+    most = attributor.query(picture, label=1, top_k=3, refine=6, max_draws=32)
+    target = 1.5 * float(most.standard_errors.max())
+    refined = attributor.query(picture, label=1, top_k=3, refine=6, target_se=target, max_draws=32)
+    assert refined.standard_errors.max() <= target
+    assert refined.cost["network_evaluations"] < most.cost["network_evaluations"]
+
+
+def test_only_candidates_are_refined(attributor: Attributor, picture: Path) -> None:
+    plain = attributor.query(picture, label=1, top_k=5)
+    refined = attributor.query(picture, label=1, top_k=5, refine=5, max_draws=8)
+    assert set(refined.ids) == set(plain.ids)
+    assert len(attributor.query(picture, label=1, top_k=2, opponents=True, refine=3, max_draws=8).opponents) == 2
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        ({"refine": 2, "top_k": 3}, "`refine` must be a whole number of at least 3, got 2"),
+        ({"target_se": 0.1}, "`target_se` is where refining stops; give `refine` too"),
+        ({"refine": 10, "target_se": 0.0}, "`target_se` must be a positive number, got 0.0"),
+        ({"refine": 10, "kernel": "means"}, "`refine` needs `kernel` draws, got means; give the first"),
+        ({"refine": 10, "max_draws": 4}, "`max_draws` must be a whole number of at least 8, got 4"),
+    ],
+)
+def test_a_bad_refinement_is_one_line(
+    attributor: Attributor, picture: Path, question: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        attributor.query(picture, label=1, **question)
+
+
+def test_iid_draws_cannot_be_refined(tmp_path: Path, dit_folder: Path, digits_folder: Path, picture: Path) -> None:
+    featurize(dit_folder, digits_folder, tmp_path / "index", **SETTINGS | {"scheme": "iid"})
+    with pytest.raises(ArgumentError, match="`refine` needs strata, .* this index has `scheme` iid"):
+        Attributor.open(tmp_path / "index", device="cpu").query(picture, label=1, refine=10)
+
+
+def test_the_data_set_must_be_there_and_be_the_same(tmp_path: Path, tiny_index: Path, digits_folder: Path) -> None:
+    shutil.copytree(digits_folder, tmp_path / "digits")
+    picture = tmp_path / "digits" / "1" / "001.png"
+    moved = Attributor.open(tiny_index, dataset=tmp_path / "digits", device="cpu")
+    assert len(moved.query(picture, label=1, refine=10, max_draws=8).ids) == 10
+    shutil.copy(picture, tmp_path / "digits" / "1" / "999.png")
+    changed = Attributor.open(tiny_index, dataset=tmp_path / "digits", device="cpu")
+    with pytest.raises(StoreMismatchError, match="the index was made from another data set .* Give the first as"):
+        changed.query(picture, label=1, refine=10, max_draws=8)
+    gone = Attributor.open(tiny_index, dataset=tmp_path / "none", device="cpu")
+    with pytest.raises(DataError, match="none"):
+        gone.query(picture, label=1, refine=10)
