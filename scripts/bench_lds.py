@@ -180,7 +180,7 @@ def evaluate(scores: dict[str, dict[str, np.ndarray]], truth: GroundTruth) -> di
 def automatic(
     name: str, scores: dict[str, np.ndarray], resampled: dict[str, np.ndarray], hindsight: dict[str, float]
 ) -> dict[str, Any]:
-    """Return the automatic damping, its LDS, and that over the best of the grid on the very subsets it is reported on."""
+    """Return the automatic damping, its LDS, and that over the best of the grid on the subsets that are reported."""
     if "auto" not in scores:
         return {}
     found = resampled[f"{name}: auto"]
