@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -25,9 +26,9 @@ from carv_attrib.index import FeatureIndex, IndexSettings, read_index_settings
 from carv_attrib.kernel import Damping, Kernel, KernelKind, ScoreKind, fit_kernel, load_kernel
 from carv_attrib.manifest import restore_estimator
 from carv_attrib.refinement import Refinement, choose_references, encode_examples, fresh_draws, reopen_dataset
-from carv_attrib.report import Match, QueryResult
+from carv_attrib.report import GroupScore, Match, QueryResult
 from carv_attrib.scores import BandScores, join, score_bands
-from carv_attrib.store import FeatureStore
+from carv_attrib.store import FeatureStore, Record
 from carv_attrib.teacher import Teacher
 from carv_attrib.teachers import load_teacher
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     import datasets
 
 ImageLike = str | Path | Image.Image
+GroupBy = Literal["label", "caption", "folder"]
 Choice = tuple[ScoreKind, KernelKind, Damping]
 
 NUM_CANDIDATES = 200
@@ -134,6 +136,8 @@ class Attributor:
         label: int | None = None,
         top_k: int = 10,
         opponents: bool = False,
+        timesteps: tuple[int, int] | None = None,
+        group_by: GroupBy | None = None,
         refine: int | None = None,
         target_se: float | None = None,
         max_draws: int = 64,
@@ -149,6 +153,9 @@ class Attributor:
             label: the class that a class-conditional teacher made it for.
             top_k: how many examples to return.
             opponents: also return those with the smallest scores.
+            timesteps: score only bands of timesteps in [first, last).
+            group_by: also return the sums of the scores of all examples with the same label or caption, or in the same
+                folder.
             refine: take more draws of so many of the first examples (and of the query), and rank them again.
             target_se: stop refining when the standard errors of all that are returned are at most this.
             max_draws: stop refining at so many draws of an example, those of the index among them.
@@ -163,6 +170,9 @@ class Attributor:
         started = time.perf_counter()
         check_at_least("top_k", top_k, 1)
         choice = self._resolve(score, kernel, damping)
+        if group_by is not None:
+            check_choice("group_by", group_by, GroupBy)
+        window = self._window(timesteps, choice)
         refinement = None if refine is None else Refinement(refine, target_se, max_draws)
         if refinement:
             refinement.check(top_k, choice[1], self.store.manifest)
@@ -171,11 +181,15 @@ class Attributor:
         picture, name = _open(image)
         asked = self._encode([picture], None if label is None else [label], None if prompt is None else [prompt])
         query = self._features(asked)
-        positions = self._candidates(query, choice, refine or max(NUM_CANDIDATES, 2 * top_k), opponents=opponents)
-        train = self.store.read_features(positions.tolist())
+        number = refine or max(NUM_CANDIDATES, 2 * top_k)
+        positions = self._candidates(query, choice, number, window, opponents=opponents)
+        query, train = query[:, window], self.store.read_features(positions.tolist())[:, window]
+        groups = self._groups(query, choice, window, group_by) if group_by else ()
         evaluations, refined = self.estimator.config.draws_per_example, None
         if refinement:
-            query, train, refined, more = self._refine(asked, positions, query, train, choice, refinement, top_k)
+            query, train, refined, more = self._refine(
+                asked, positions, query, train, choice, refinement, window, top_k
+            )
             evaluations += more
         found = self._score(query, train, choice, refined)
         return QueryResult(
@@ -184,7 +198,10 @@ class Attributor:
             thumbnail=thumbnail(asked.pixels[0]),
             proponents=self._matches(found, positions, top_k),
             opponents=self._matches(found.negated(), positions, top_k, sign=-1) if opponents else (),
-            settings=self._describe(*choice),
+            groups=groups,
+            settings=self._describe(*choice)
+            | ({"timesteps": f"{timesteps[0]}:{timesteps[1]}"} if timesteps else {})
+            | ({"max_draws": max_draws, "refine": refine} if refine else {}),
             cost={
                 "network_evaluations": evaluations,
                 "examples_searched": len(self.ids),
@@ -306,11 +323,13 @@ class Attributor:
         return average_bands(features, draws, self.estimator.config)
 
     def _candidates(
-        self, query: Tensor, choice: Choice, number: int, *, opponents: bool
+        self, query: Tensor, choice: Choice, number: int, window: slice, *, opponents: bool
     ) -> Int64[np.ndarray, " candidates"]:
         """Return the positions in the store of the examples with the largest (and the smallest) scores, increasing."""
         score, kernel, damping = choice
-        banded, index = self._kernel(kernel).banded(query), self._index(choice)
+        windowed = torch.zeros_like(query)
+        windowed[:, window] = query[:, window]
+        banded, index = self._kernel(kernel).banded(windowed), self._index(choice)
         signs = (1, -1) if opponents else (1,)
         found = [index.search(sign * banded, score=score, damping=damping, top_k=number)[0] for sign in signs]
         return np.unique(np.concatenate(found))
@@ -327,6 +346,63 @@ class Attributor:
             independent=self.store.manifest["config"]["scheme"] != "iid",  # sorted iid draws have no independent halves
         )
 
+    def _window(self, timesteps: tuple[int, int] | None, choice: Choice) -> slice:
+        """Return which bands lie in a window of timesteps: bands are equal shares of them."""
+        if timesteps is None:
+            return slice(None)
+        score, kernel, _ = choice
+        config = self.estimator.config
+        if kernel != "draws" or score.endswith("cosine"):
+            raise ArgumentError(
+                f"`timesteps` needs `kernel` draws and no cosine, got {kernel} and {score}; change those."
+            )
+        if config.every_draw_a_band and config.proposal != "uniform":
+            raise ArgumentError(
+                f"`timesteps` needs bands of equal shares of timesteps, this index has a draw of `proposal` "
+                f"{config.proposal} in each; featurize with fewer `num_bands`."
+            )
+        edges = np.linspace(0, self.estimator.teacher.noise_schedule.num_timesteps, config.num_bands + 1)
+        inside = np.flatnonzero((edges[:-1] >= timesteps[0]) & (edges[1:] <= timesteps[1]))
+        if len(inside) == 0:
+            raise ArgumentError(
+                f"`timesteps` must hold a whole band of this index, got {timesteps[0]}:{timesteps[1]}; bands begin and "
+                f"end at {', '.join(f'{edge:g}' for edge in edges)}. Take those, or featurize with more `num_bands`."
+            )
+        return slice(int(inside[0]), int(inside[-1]) + 1)
+
+    def _groups(self, query: Tensor, choice: Choice, window: slice, group_by: GroupBy) -> tuple[GroupScore, ...]:
+        """Return the sums of the scores of each group, largest first, part by part."""
+        numbers: dict[str, int] = {}
+        counts: Counter[str] = Counter()
+        total: BandScores | None = None
+        for part in self.store.parts:
+            features = self.store.read_part(part)
+            names = {record.id: self._group(record, group_by) for record in self.store.read_records(part)}
+            own = [names[i] for i in features.ids.tolist()]
+            counts.update(own)
+            groups = torch.tensor([numbers.setdefault(name, len(numbers)) for name in own])
+            sums = self._score(query, features.features[:, window], choice).add_up(groups, len(numbers))
+            total = sums if total is None else total.padded(len(numbers)) + sums
+        if total is None:
+            return ()
+        known, names_of = total.degrees_of_freedom > 0, list(numbers)
+        columns = zip(
+            *(values[0].tolist() for values in (total.scores, total.standard_errors, total.half_widths)), strict=True
+        )
+        found = [
+            GroupScore(name, counts[name], score, error if known else None, *_ends(score, reach, known))
+            for name, (score, error, reach) in zip(names_of, columns, strict=True)
+        ]
+        return tuple(sorted(found, key=lambda group: -group.score))
+
+    def _group(self, record: Record, group_by: GroupBy) -> str:
+        """Return the name of the group that an example is in."""
+        if group_by == "folder":
+            return record.key.rpartition("/")[0]
+        if group_by == "caption":
+            return record.caption or ""
+        return label_name(record.label, self.store.manifest["dataset"]["label_names"]) or ""
+
     def _refine(
         self,
         asked: Queries,
@@ -335,6 +411,7 @@ class Attributor:
         train: Tensor,
         choice: Choice,
         refinement: Refinement,
+        window: slice,
         top_k: int,
     ) -> tuple[Tensor, Tensor, Kernel, int]:
         """Return features of a query and of candidates with more replicates, their kernel, and its network evaluations.
@@ -348,8 +425,8 @@ class Attributor:
         kernel, vectors, evaluations = self._kernel(choice[1]), [], 0
         rounds = refinement.max_draws // estimator.config.num_draws - 1
         for number in range(rounds):
-            query = torch.cat([query, fresh_draws(estimator, asked.encoded, asked.ids, number)[0]], dim=2)
-            train = torch.cat([train, fresh_draws(estimator, encoded, ids, number)[0]], dim=2)
+            query = torch.cat([query, fresh_draws(estimator, asked.encoded, asked.ids, number)[0][:, window]], dim=2)
+            train = torch.cat([train, fresh_draws(estimator, encoded, ids, number)[0][:, window]], dim=2)
             evaluations += estimator.config.draws_per_example * (1 + len(ids))
             if preconditioned:
                 evaluations += self._draw_references(estimator, number)
@@ -390,14 +467,16 @@ class Attributor:
         records = self.store.find_records(ids[best].tolist())
         names = self.store.manifest["dataset"]["label_names"]
         known = found.degrees_of_freedom > 0
+        bands = found.bands[:, 0].T.tolist()
         return tuple(
             Match(
                 id=int(ids[i]),
                 key=(record := records[int(ids[i])]).key,
                 score=sign * scores[i],
                 standard_error=errors[i] if known else None,
-                low=sign * scores[i] - reach[i] if known else None,
-                high=sign * scores[i] + reach[i] if known else None,
+                low=(ends := _ends(sign * scores[i], reach[i], known))[0],
+                high=ends[1],
+                bands=tuple(sign * score for score in bands[i]),
                 top_probability=probabilities[i] if known else None,
                 label=label_name(record.label, names),
                 caption=record.caption,
@@ -420,6 +499,11 @@ class Attributor:
             | {"projection": config.projection.projection, "proj_dim": self.store.manifest["proj_dim"]}
             | {"teacher": self.store.manifest["teacher"]["source"], "dataset": self.store.manifest["dataset"]["source"]}
         )
+
+
+def _ends(score: float, reach: float, known: bool) -> tuple[float | None, float | None]:
+    """Return the ends of an interval, where something is known of them."""
+    return (score - reach, score + reach) if known else (None, None)
 
 
 def label_name(label: int | None, names: Sequence[str] | None) -> str | None:

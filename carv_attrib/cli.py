@@ -81,6 +81,13 @@ def _attribute_texts(kind: type) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in entries}
 
 
+def _window(text: str) -> tuple[int, int]:
+    """Return the ends of a window of timesteps."""
+    if not (found := re.fullmatch(r"(\d+):(\d+)", text)):
+        raise click.BadParameter(f"{text} is not two numbers with a colon, such as 0:200.")
+    return int(found[1]), int(found[2])
+
+
 def aim_options(command: Command) -> Command:
     """Add the flags that say what a plan is to make the most of."""
     command = click.option("--target-snr", type=float, help="Score SNR to reach in the least time; for a plan.")(
@@ -164,6 +171,8 @@ def index(index: Path, **choices: Any) -> None:
 @click.option("--label", type=int, help="The class that a class-conditional teacher made it for.")
 @click.option("--top-k", type=int, default=10, show_default=True)
 @click.option("--opponents", is_flag=True, help="Also show the examples with the smallest scores.")
+@click.option("--timesteps", type=_window, metavar="FIRST:LAST", help="Score only bands of timesteps in [FIRST, LAST).")
+@click.option("--group-by", type=click.Choice(["label", "caption", "folder"]), help="Also add up the scores of groups.")
 @click.option("--refine", type=int, help="Take more draws of so many of the first examples, and rank them again.")
 @click.option("--target-se", type=float, help="Stop refining when the standard errors shown are at most this.")
 @click.option(

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int
+from jaxtyping import Float64, Int, Int64
 from scipy.stats import t as student_t
 from torch import Tensor
 
@@ -87,6 +87,31 @@ class BandScores:
         """Return the scores of some training examples, in the given order."""
         influences = None if self.influences is None else self.influences[..., train]
         return BandScores(self.bands[..., train], influences, self.spread)
+
+    def add_up(self, groups: Int64[Tensor, " train"], num_groups: int) -> BandScores:
+        """Return the sums of the scores of the examples of each group, whose errors add up with their signs."""
+
+        def sums(values: Tensor) -> Tensor:
+            return torch.zeros(*values.shape[:-1], num_groups, dtype=values.dtype).index_add_(-1, groups, values)
+
+        influences = None if self.influences is None else sums(self.influences)
+        return BandScores(sums(self.bands), influences, self.spread)
+
+    def padded(self, num_columns: int) -> BandScores:
+        """Return the scores with columns of zeros at the end, as many in all."""
+
+        def pad(values: Tensor) -> Tensor:
+            return torch.nn.functional.pad(values, (0, num_columns - values.shape[-1]))
+
+        influences = None if self.influences is None else pad(self.influences)
+        return BandScores(pad(self.bands), influences, self.spread)
+
+    def __add__(self, other: BandScores) -> BandScores:
+        """Return sums of scores of the same columns."""
+        influences = None
+        if self.influences is not None and other.influences is not None:
+            influences = self.influences + other.influences
+        return BandScores(self.bands + other.bands, influences, self.spread)
 
     def top_probabilities(self, top_k: int) -> Float64[Tensor, "queries train"]:
         """Return the probability that each example is among the `top_k` with the largest expected scores.

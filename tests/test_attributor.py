@@ -284,3 +284,57 @@ def test_importing_the_package_loads_neither_diffusers_nor_faiss() -> None:
         "import sys, carv_attrib; print([m for m in ('diffusers', 'faiss', 'datasets', 'pandas') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_window_of_timesteps_scores_its_bands_only(
+    attributor: Attributor, pictures: list[tuple[Image.Image, int]]
+) -> None:
+    image, label = pictures[3]
+    bands = attributor.band_scores([image], labels=[label]).bands[:, 0].numpy()
+    for window, expected in (((0, 50), bands[0]), ((49, 100), bands[1]), ((0, 1000), bands.mean(0))):
+        result = attributor.query(image, label=label, top_k=20, timesteps=window)
+        np.testing.assert_allclose(result.scores, np.sort(expected)[::-1], rtol=1e-6)
+        np.testing.assert_allclose(result.scores, expected[result.ids], rtol=1e-6)
+        assert result.settings["timesteps"] == f"{window[0]}:{window[1]}"
+    plain = attributor.query(image, label=label, top_k=20)
+    np.testing.assert_allclose([match.bands for match in plain.proponents], bands[:, plain.ids].T, rtol=1e-6)
+    refined = attributor.query(image, label=label, top_k=5, timesteps=(0, 50), refine=5, max_draws=8)
+    assert {len(match.bands) for match in refined.proponents} == {1}
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        ({"timesteps": (0, 20)}, r"`timesteps` must hold a whole band .* got 0:20; bands begin and end at 0, 50, 100"),
+        ({"timesteps": (0, 50), "kernel": "means"}, "`timesteps` needs `kernel` draws and no cosine, got means"),
+        ({"timesteps": (0, 50), "score": "cosine"}, "`timesteps` needs `kernel` draws and no cosine, got draws and co"),
+        ({"group_by": "artist"}, "`group_by` must be one of label, caption, folder, got 'artist'"),
+    ],
+)
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_bad_window_or_group_is_one_line(
+    attributor: Attributor, pictures: list[tuple[Image.Image, int]], question: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        attributor.query(pictures[0][0], label=0, **question)
+
+
+@pytest.mark.parametrize("by", ["label", "folder"])
+def test_groups_are_sums_of_the_scores_of_their_members(
+    attributor: Attributor, pictures: list[tuple[Image.Image, int]], by: Any
+) -> None:
+    image, label = pictures[3]
+    scores, errors = attributor.scores_with_errors([image], labels=[label])
+    classes = np.array([digit for _, digit in pictures])
+    groups = attributor.query(image, label=label, group_by=by).groups
+    assert {group.name: group.num_examples for group in groups} == {
+        str(digit): int((classes == digit).sum()) for digit in set(classes)
+    }
+    for group in groups:
+        own = classes == int(group.name)
+        assert group.score == pytest.approx(scores[0, own].sum(), rel=1e-6)
+        assert group.standard_error is not None
+        assert group.standard_error <= errors[0, own].sum()  # not more than if all errors went the same way
+        assert group.low is not None
+        assert group.low < group.score
+    assert [group.score for group in groups] == sorted((group.score for group in groups), reverse=True)

@@ -119,6 +119,7 @@ def test_dict_round_trips_through_json() -> None:
         "top_probability": None,
         "label": "3",
         "caption": "a three",
+        "bands": [],
     }
     assert loaded["settings"] == {"kernel": "draws", "damping": 0.1}
     assert loaded["cost"] == {"network_evaluations": 8, "seconds": 0.25}

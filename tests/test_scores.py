@@ -104,3 +104,24 @@ def test_parts_are_joined_and_chosen_from_and_negated() -> None:
     chosen = whole.select(torch.tensor([4, 0]).numpy()).negated()
     torch.testing.assert_close(chosen.scores, -whole.scores[:, [4, 0]])
     torch.testing.assert_close(chosen.standard_errors, whole.standard_errors[:, [4, 0]])
+
+
+def test_sums_of_groups_have_the_errors_of_sums() -> None:
+    """Draws are shared, so errors add up with their signs; as the scores of summed features."""
+    query, train, _ = noisy_features(1, replicates=2, queries=2, train=9)
+    groups = torch.tensor([0, 1, 0, 2, 1, 0, 2, 2, 0])
+    summed = torch.zeros(3, *train[0].shape[1:]).double().index_add_(0, groups, train[0])
+    expected = score_bands(query[0], summed, ONES)
+    first, second = (score_bands(query[0], train[0][rows], ONES) for rows in (slice(2), slice(2, 9)))
+    found = first.add_up(groups[:2], 2).padded(3) + second.add_up(groups[2:], 3)
+    torch.testing.assert_close(found.scores, expected.scores)
+    torch.testing.assert_close(found.standard_errors, expected.standard_errors)
+
+
+def test_thousands_of_groups() -> None:
+    num = 20_000
+    bands = torch.arange(4 * num).double().view(4, 1, num)
+    groups = torch.arange(num) % 5000
+    found = BandScores(bands, None).add_up(groups, 5000)
+    torch.testing.assert_close(found.scores[0, 7], bands.mean(0)[0, 7::5000].sum())
+    assert found.standard_errors.shape == (1, 5000)

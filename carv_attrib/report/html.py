@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from carv_attrib.errors import ArgumentError, CarvError
 from carv_attrib.report.formatting import format_error, format_number, format_value, is_known, visible
-from carv_attrib.report.result import Match, QueryResult
+from carv_attrib.report.result import GroupScore, Match, QueryResult
 
 if TYPE_CHECKING:
     import jinja2
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _TITLE = "Training data attribution"
 _HELPS = "Keeping these in training lowers the loss on the query."
 _HINDERS = "Keeping these in training raises the loss on the query."
+_MAX_GROUPS = 100
 _PIXEL_ART = 64  # pixels; smaller pictures are enlarged without smoothing
 
 
@@ -143,6 +144,7 @@ class _Card:
     bar: _Bar | None
     may_be_zero: bool
     probability: str
+    bands: tuple[_Bar, ...]
 
 
 @dataclass(frozen=True)
@@ -180,12 +182,20 @@ def _section(result: QueryResult) -> _Section:
         certainty=_certainty(result.proponents),
         warning=result.warning,
         groups=tuple(groups),
-        tables=(("Settings", _table(result.settings)), ("Cost", _table(result.cost))),
+        tables=(
+            ("Groups", {group.name: _group(group) for group in result.groups[:_MAX_GROUPS]}),
+            ("Settings", _table(result.settings)),
+            ("Cost", _table(result.cost)),
+        ),
     )
 
 
 def _table(values: Mapping[str, str | int | float]) -> dict[str, str]:
     return {name: format_value(value) for name, value in values.items()}
+
+
+def _group(group: GroupScore) -> str:
+    return f"{format_number(group.score)} {format_error(group.standard_error)} ({group.num_examples} examples)"
 
 
 def _certainty(matches: tuple[Match, ...]) -> str:
@@ -234,6 +244,7 @@ def _card(rank: int, match: Match, axis: _Axis | None) -> _Card:
         error=format_error(match.standard_error).replace("-", "\N{MINUS SIGN}"),
         bar=_bar(match, axis) if axis and is_known(match.score) else None,
         may_be_zero=interval is not None and interval[0] <= 0 <= interval[1],
+        bands=_band_bars(match.bands),
         probability=f"{match.top_probability:.0%}" if is_known(match.top_probability) else "",
     )
 
@@ -245,6 +256,17 @@ def _bar(match: Match, axis: _Axis) -> _Bar:
         start=axis.percent(min(match.score, 0.0)),
         width=axis.percent_width(match.score),
         whisker=(axis.percent(interval[0]), axis.percent(interval[1])) if interval else None,
+    )
+
+
+def _band_bars(bands: tuple[float, ...]) -> tuple[_Bar, ...]:
+    """Return one bar for each band of timesteps, on a scale of their own that holds zero; none for a single band."""
+    low, high = min(0.0, *bands, 0.0), max(0.0, *bands, 0.0)
+    if len(bands) < 2 or low == high or not all(is_known(score) for score in bands):
+        return ()
+    axis = _Axis(low, high)
+    return tuple(
+        _Bar(axis.percent(0.0), axis.percent(min(score, 0.0)), axis.percent_width(score), None) for score in bands
     )
 
 

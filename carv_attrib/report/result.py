@@ -52,6 +52,7 @@ class Match:
         label: Class label, if the data set has one.
         caption: Text that belongs to the picture, if the data set has one.
         thumbnail: The picture as PNG or JPEG bytes.
+        bands: Scores in each band of timesteps, the smallest timesteps first; the score is their mean.
     """
 
     id: int
@@ -64,6 +65,28 @@ class Match:
     label: str | None
     caption: str | None
     thumbnail: bytes
+    bands: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class GroupScore:
+    """The sum of the scores of some training examples.
+
+    Attributes:
+        name: What they have in common: a label, a caption or a folder.
+        num_examples: How many they are.
+        score: Sum of their scores.
+        standard_error: Monte-Carlo standard error of the sum over the noise draws, or None.
+        low: Lower end of the 90 % interval, or None.
+        high: Upper end of it.
+    """
+
+    name: str
+    num_examples: int
+    score: float
+    standard_error: float | None
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)
@@ -76,6 +99,7 @@ class QueryResult:
         thumbnail: The query as the teacher saw it, PNG or JPEG bytes.
         proponents: Largest score first.
         opponents: Smallest score first; may be empty.
+        groups: Sums of scores, largest first, where they were asked for.
         settings: What was asked: score, kernel, damping, number of draws; reports show it as it is.
         cost: What the answer took: network evaluations, seconds.
     """
@@ -87,6 +111,7 @@ class QueryResult:
     opponents: tuple[Match, ...]
     settings: Mapping[str, str | int | float]
     cost: Mapping[str, str | int | float]
+    groups: tuple[GroupScore, ...] = ()
 
     @property
     def ids(self) -> NDArray[np.int64]:
@@ -138,6 +163,7 @@ class QueryResult:
             "warning": self.warning,
             "proponents": self._json_rows("proponent"),
             "opponents": self._json_rows("opponent"),
+            "groups": [{name: _json_value(value) for name, value in vars(group).items()} for group in self.groups],
             "settings": {name: _json_value(value) for name, value in self.settings.items()},
             "cost": {name: _json_value(value) for name, value in self.cost.items()},
         }
@@ -168,7 +194,9 @@ class QueryResult:
 
     def _json_rows(self, role: str) -> list[dict[str, Any]]:
         rows = [dict(zip(_COLUMNS, map(_json_value, row), strict=True)) for row in self._rows()]
-        return [row for row in rows if row.pop("role") == role]
+        own = [row for row in rows if row.pop("role") == role]
+        matches = self.proponents if role == "proponent" else self.opponents
+        return [row | {"bands": [_json_value(x) for x in match.bands]} for row, match in zip(own, matches, strict=True)]
 
     def _rows(self) -> Iterator[tuple[Any, ...]]:
         """Yield one tuple a match, in the order of `_COLUMNS`."""

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from carv_attrib.report.formatting import format_error, format_number, format_value, is_known, visible
-from carv_attrib.report.result import Match, QueryResult
+from carv_attrib.report.result import GroupScore, Match, QueryResult
 
 if TYPE_CHECKING:
     import rich.console
     import rich.table
     import rich.text
 
+_MAX_GROUPS = 20  # of those with the largest sums; JSON has all of them
 _MAX_CELLS = 80  # characters of a key or caption; the page and the data frame have all of it
 
 
@@ -31,6 +32,8 @@ def result_table(result: QueryResult) -> rich.console.Group:
     if result.opponents:
         tables.append(_table("Opponents", result.opponents, "yellow"))
     facts = [_facts(values) for values in (result.settings, result.cost) if values]
+    if result.groups:
+        tables.append(_group_table(result.groups))
     warning = [Text(result.warning, "bold red")] if result.warning else []
     return Group(_heading(result), *tables, *warning, *facts)
 
@@ -63,6 +66,20 @@ def _table(role: str, matches: tuple[Match, ...], colour: str) -> rich.table.Tab
     for rank, (match, score) in enumerate(zip(matches, _scores(matches), strict=True), 1):
         texts = [_shortened(getattr(match, name) or "") for name in _text_columns(matches)]
         table.add_row(str(rank), score, _probability(match), str(match.id), *texts)
+    return table
+
+
+def _group_table(groups: tuple[GroupScore, ...]) -> rich.table.Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text("Groups", "bold"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("sum of scores ± SE", "examples", "group"):
+        table.add_column(name, overflow="fold")
+    for group in groups[:_MAX_GROUPS]:
+        score = f"{format_number(group.score)} {format_error(group.standard_error)}"
+        table.add_row(score, str(group.num_examples), _shortened(group.name))
     return table
 
 
