@@ -169,6 +169,11 @@ def index(index: Path, **choices: Any) -> None:
 @click.option(
     "--max-draws", type=int, default=64, show_default=True, help="Draws of an example, at most; for --refine."
 )
+@click.option(
+    "--mask",
+    type=click.Path(path_type=Path),
+    help="A grey picture, white where the image is asked about; or all of it.",
+)
 @AS_INDEXED
 @click.option("--teacher", help="Where the teacher lies now, if it was moved.")
 @click.option("--dataset", help="Where the training examples lie now, if they were moved; for --refine.")
