@@ -27,7 +27,7 @@ from carv_attrib.manifest import restore_estimator
 from carv_attrib.refinement import Refinement, encode_candidates, more_replicates
 from carv_attrib.report import Match, QueryResult
 from carv_attrib.scores import BandScores, join, score_bands
-from carv_attrib.store import FeatureStore
+from carv_attrib.store import FeatureStore, label_name
 from carv_attrib.teacher import Teacher
 from carv_attrib.teachers import load_teacher
 
@@ -415,13 +415,6 @@ class Attributor:
             | {"projection": config.projection.projection, "proj_dim": self.store.manifest["proj_dim"]}
             | {"teacher": self.store.manifest["teacher"]["source"], "dataset": self.store.manifest["dataset"]["source"]}
         )
-
-
-def label_name(label: int | None, names: Sequence[str] | None) -> str | None:
-    """Return the class name of a label where there is one, else its number."""
-    if label is None:
-        return None
-    return names[label] if names is not None and 0 <= label < len(names) else str(label)
 
 
 def _open(image: ImageLike, argument: str = "image") -> tuple[Image.Image, str]:
