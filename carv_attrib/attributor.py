@@ -28,7 +28,7 @@ from carv_attrib.manifest import restore_estimator
 from carv_attrib.refinement import Refinement, choose_references, encode_examples, fresh_draws, reopen_dataset
 from carv_attrib.report import GroupScore, Match, QueryResult
 from carv_attrib.scores import BandScores, join, score_bands
-from carv_attrib.store import FeatureStore, Record
+from carv_attrib.store import FeatureStore, Record, label_name
 from carv_attrib.teacher import Teacher
 from carv_attrib.teachers import load_teacher
 
@@ -141,6 +141,7 @@ class Attributor:
         refine: int | None = None,
         target_se: float | None = None,
         max_draws: int = 64,
+        mask: ImageLike | None = None,
         score: ScoreKind | None = None,
         kernel: KernelKind | None = None,
         damping: Damping | None = None,
@@ -159,13 +160,15 @@ class Attributor:
             refine: take more draws of so many of the first examples (and of the query), and rank them again.
             target_se: stop refining when the standard errors of all that are returned are at most this.
             max_draws: stop refining at so many draws of an example, those of the index among them.
+            mask: a grey picture or its path, white where the image is asked about: which examples made that part. It
+                is fitted to the teacher as the image is.
             score: preconditioned (default), dot, cosine or preconditioned-cosine; None: what the index was built for.
             kernel: over draws (default) or means; None: what the index was built for.
             damping: lambda, relative to the mean eigenvalue, or auto; None: what the index was built for.
 
         Raises:
-            ArgumentError: for a bad value, or a label or prompt that does not fit the teacher.
-            DataError: if the image, or with `refine` the data set, cannot be read.
+            ArgumentError: for a bad value, or a label or prompt that does not fit the teacher, or a black mask.
+            DataError: if the image or the mask, or with `refine` the data set, cannot be read.
         """
         started = time.perf_counter()
         check_at_least("top_k", top_k, 1)
@@ -180,6 +183,9 @@ class Attributor:
             raise ArgumentError("`target_se` is where refining stops; give `refine` too: how many examples to refine.")
         picture, name = _open(image)
         asked = self._encode([picture], None if label is None else [label], None if prompt is None else [prompt])
+        mask_name = {}
+        if mask is not None:
+            asked, mask_name["mask"] = self._masked(asked, mask)
         query = self._features(asked)
         number = refine or max(NUM_CANDIDATES, 2 * top_k)
         positions = self._candidates(query, choice, number, window, opponents=opponents)
@@ -200,6 +206,7 @@ class Attributor:
             opponents=self._matches(found.negated(), positions, top_k, sign=-1) if opponents else (),
             groups=groups,
             settings=self._describe(*choice)
+            | mask_name
             | ({"timesteps": f"{timesteps[0]}:{timesteps[1]}"} if timesteps else {})
             | ({"max_draws": max_draws, "refine": refine} if refine else {}),
             cost={
@@ -314,6 +321,23 @@ class Attributor:
         pixels = torch.stack([to_pixels(picture, self.estimator.teacher.pixel_spec) for picture in pictures])
         ids = [_query_id(row) for row in pixels]
         return Queries(pixels, ids, self.estimator.encode(pixels, labels, prompts, ids))
+
+    def _masked(self, queries: Queries, mask: ImageLike) -> tuple[Queries, str]:
+        """Return a query about the white part of a mask, and the mask's name.
+
+        Raises:
+            ArgumentError: if nothing of it is white.
+            DataError: if it cannot be read.
+        """
+        picture, name = _open(mask, "mask")
+        pixels = to_pixels(picture, replace(self.estimator.teacher.pixel_spec, channels=1))
+        weights = self.estimator.mask(pixels[None], queries.ids)
+        if not weights.sum((2, 3)).all():
+            raise ArgumentError(
+                f"`mask` must be white where the image is asked about, {name} is all black in the part of it that the "
+                "teacher sees; paint that part white."
+            )
+        return replace(queries, encoded=replace(queries.encoded, mask=weights)), name
 
     def _features(self, queries: Queries) -> Float[Tensor, "queries bands replicates proj_dim"]:
         """Return the banded features of queries, of the draws of the index."""
@@ -506,18 +530,11 @@ def _ends(score: float, reach: float, known: bool) -> tuple[float | None, float 
     return (score - reach, score + reach) if known else (None, None)
 
 
-def label_name(label: int | None, names: Sequence[str] | None) -> str | None:
-    """Return the class name of a label where there is one, else its number."""
-    if label is None:
-        return None
-    return names[label] if names is not None and 0 <= label < len(names) else str(label)
-
-
-def _open(image: ImageLike) -> tuple[Image.Image, str]:
+def _open(image: ImageLike, argument: str = "image") -> tuple[Image.Image, str]:
     """Return a picture and its name."""
     if isinstance(image, Image.Image):
-        return image, str(getattr(image, "filename", "") or "image")
-    return open_image(image), Path(image).name
+        return image, str(getattr(image, "filename", "") or argument)
+    return open_image(image, argument=argument), Path(image).name
 
 
 def _query_id(pixels: Tensor) -> int:

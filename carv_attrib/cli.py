@@ -6,7 +6,7 @@ import inspect as introspection
 import json
 import re
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -178,6 +178,11 @@ def index(index: Path, **choices: Any) -> None:
 @click.option(
     "--max-draws", type=int, default=64, show_default=True, help="Draws of an example, at most; for --refine."
 )
+@click.option(
+    "--mask",
+    type=click.Path(path_type=Path),
+    help="A grey picture, white where the image is asked about; or all of it.",
+)
 @AS_INDEXED
 @click.option("--teacher", help="Where the teacher lies now, if it was moved.")
 @click.option("--dataset", help="Where the training examples lie now, if they were moved; for --refine.")
@@ -216,14 +221,21 @@ def query(
 
 @main.command()
 @INDEX
+@click.option("--top", type=click.Choice(["self"]), help="Show the examples that influence themselves most, instead.")
+@click.option("--num", type=int, help="How many of them; for --top. [default: 10]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(index: Path, as_json: bool) -> None:
+def inspect(index: Path, top: str | None, num: int | None, as_json: bool) -> None:
     """Describe INDEX: what it was made from and how, its size and its spectrum."""
     from rich.console import Console
     from rich.table import Table
 
     from carv_attrib.inspection import inspect as describe
 
+    if top:
+        _print_top_self(index, 10 if num is None else num, as_json)
+        return
+    if num is not None:
+        raise click.UsageError("--num is how many examples to show; give --top self too.")
     facts = describe(index)
     if as_json:
         click.echo(json.dumps(facts, indent=1))
@@ -272,6 +284,26 @@ def _settings(config: Path | None, flags: dict[str, Any], needed: tuple[str, ...
     if missing := [name for name in needed if name not in settings]:
         raise click.UsageError(f"missing --{missing[0]}; give it as a flag or in --config.")
     return settings
+
+
+def _print_top_self(index: Path, num: int, as_json: bool) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from carv_attrib.inspection import top_self
+    from carv_attrib.report.formatting import format_number, visible
+
+    found = top_self(index, num)
+    if as_json:
+        click.echo(json.dumps([asdict(example) for example in found], indent=1))
+        return
+    table = Table("#", "self-influence", "id", "key", "label", box=SIMPLE_HEAD, pad_edge=False)
+    for rank, example in enumerate(found, 1):
+        texts = Text(visible(example.key)), Text(visible(example.label or ""))
+        table.add_row(str(rank), format_number(example.score), str(example.id), *texts)
+    Console().print(table)
 
 
 def _print_result(result: Any) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from carv_attrib.augmentation import augment
 from carv_attrib.config import EstimatorConfig, FeaturizeConfig
@@ -62,10 +63,17 @@ def _log_linear(
 
 @dataclass(frozen=True)
 class Encoded:
-    """Examples after the expensive upstream work, which is done once."""
+    """Examples after the expensive upstream work, which is done once.
+
+    Attributes:
+        latents: clean ones.
+        condition: one row for each example.
+        mask: of queries about a part of the picture, weights of the positions of the latents, in [0, 1].
+    """
 
     latents: Float[Tensor, "batch encodings c h w"]
     condition: Condition
+    mask: Float[Tensor, "batch encodings h w"] | None = None
 
 
 @dataclass(frozen=True)
@@ -120,16 +128,35 @@ class Estimator:
         """Return R latents of each example."""
         config, encodings = self.config, []
         for r in range(config.num_encodings):
-            augmented, noise = pixels, None
-            if config.augmentation != "none":
-                streams = [stream(config.seed, "augmentation", i, r) for i in ids]
-                augmented = augment(pixels, config.augmentation, streams)
+            augmented, noise = self._augmented(pixels, ids, r), None
             if config.encoding == "sample":
                 shape = self.teacher.latent_shape
                 streams = [stream(config.seed, "encoding", i, r) for i in ids]
                 noise = torch.from_numpy(np.stack([s.standard_normal(shape, np.float32) for s in streams]))
             encodings.append(self.teacher.encode(augmented, noise))
         return torch.stack(encodings, dim=1)
+
+    def mask(
+        self, pixels: Float[Tensor, "batch one height width"], ids: Sequence[int]
+    ) -> Float[Tensor, "batch encodings h w"]:
+        """Return masks in [0, 1], at the size of the latents: means over areas, augmented as the pictures are.
+
+        Args:
+            pixels: in [-1, 1], white for the parts that are asked about.
+            ids: of the pictures.
+        """
+        masks = [self._augmented((pixels + 1) / 2, ids, r) for r in range(self.config.num_encodings)]
+        size = self.teacher.latent_shape[1:]
+        return torch.stack([interpolate(mask, size, mode="area")[:, 0] for mask in masks], dim=1)
+
+    def _augmented(
+        self, pixels: Float[Tensor, "batch channels height width"], ids: Sequence[int], r: int
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Return the pixels of encoding r."""
+        if self.config.augmentation == "none":
+            return pixels
+        streams = [stream(self.config.seed, "augmentation", i, r) for i in ids]
+        return augment(pixels, self.config.augmentation, streams)
 
     def draws(self, ids: Sequence[int]) -> Draws:
         """Return the R K draws of the examples with these ids; one row for all, made once, when noise is shared."""
@@ -187,6 +214,7 @@ class Estimator:
             objective=self.config.objective,
             weighting=self.weighting,
             autocast=self.autocast,
+            mask=encoded.mask,
         )
 
     def draws_fingerprint(self) -> str:

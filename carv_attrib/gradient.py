@@ -55,6 +55,7 @@ def project_gradient(
     objective: Objective = "loss",
     weighting: Float[Tensor, " timesteps"] | None = None,
     autocast: bool = False,
+    mask: Float[Tensor, "batch encodings h w"] | None = None,
 ) -> Float[Tensor, "batch draws proj_dim"]:
     """Return `P^T [p/q * omega * grad l]` for every draw of every example: its mean over draws is eq. (2).
 
@@ -72,6 +73,7 @@ def project_gradient(
         objective: l.
         weighting: omega(t) for each timestep; None is one.
         autocast: whether the denoiser's matrix products are in bfloat16.
+        mask: weights of the positions in l (eq. (12)), for each encoding its own; None is all alike.
     """
     batch, num_draws = len(latents), draws.timesteps.shape[1]
     draws = draws if len(draws.timesteps) == batch else draws.expand(batch)
@@ -93,6 +95,7 @@ def project_gradient(
                 layers,
                 objective,
                 autocast,
+                None if mask is None else mask[example.to(mask.device), encoding.to(mask.device)],
             )
         )
     return torch.cat(features)[: batch * num_draws].view(batch, num_draws, -1)
@@ -115,6 +118,7 @@ def _project_rows(
     layers: Sequence[Layer],
     objective: Objective,
     autocast: bool,
+    mask: Float[Tensor, "rows h w"] | None,
 ) -> Float[Tensor, "rows proj_dim"]:
     """Return the weighted, projected gradient of each row of one network call.
 
@@ -130,7 +134,7 @@ def _project_rows(
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             model_output = teacher.predict(noisy_latents, timesteps, condition)
         target = teacher.noise_schedule.target(latents, noise, timesteps)
-        losses = row_objective(objective, model_output, target)
+        losses = row_objective(objective, model_output, target, mask)
         if losses.requires_grad:
             (losses * weights.to(losses) * loss_scale).sum().backward()  # type: ignore[no-untyped-call]
     if not blocks:
@@ -139,14 +143,25 @@ def _project_rows(
 
 
 def row_objective(
-    objective: Objective, model_output: Float[Tensor, "rows c h w"], target: Float[Tensor, "rows c h w"]
+    objective: Objective,
+    model_output: Float[Tensor, "rows c h w"],
+    target: Float[Tensor, "rows c h w"],
+    mask: Float[Tensor, "rows h w"] | None = None,
 ) -> Float[Tensor, " rows"]:
-    """Return l for each row, a mean over channels and positions, in float32 at least (eq. (1))."""
+    """Return l for each row, a mean over channels and positions, in float32 at least (eq. (1)).
+
+    With a mask, which must not be zero everywhere, the mean over positions is weighted by it (eq. (12)).
+    """
     dtype = torch.promote_types(model_output.dtype, torch.float32)
-    output, target = model_output.to(dtype).flatten(1), target.to(dtype).flatten(1)
+    output, target = model_output.to(dtype), target.to(dtype)
     if objective == "loss":
-        return (output - target).square().mean(1)
-    return output.square().mean(1) if objective == "squared-norm" else output.mean(1)
+        values = (output - target).square()
+    else:
+        values = output.square() if objective == "squared-norm" else output
+    if mask is not None:
+        weights = mask.to(values)
+        values = values * (weights / weights.mean((1, 2), keepdim=True)).unsqueeze(1)  # ones change no bit
+    return values.flatten(1).mean(1)
 
 
 @contextmanager

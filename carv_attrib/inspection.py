@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import heapq
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from carv_attrib.config import check_at_least
 from carv_attrib.errors import CarvError
 from carv_attrib.index import read_index_settings
 from carv_attrib.kernel import load_kernel
-from carv_attrib.store import FeatureStore
+from carv_attrib.store import FeatureStore, label_name
+
+
+@dataclass(frozen=True)
+class SelfInfluence:
+    """A training example, and what keeping it does to the teacher's loss on itself.
+
+    Attributes:
+        id: of the example.
+        key: its name in the data set.
+        label: its class, if the data set has one.
+        score: of the example as a query, for itself.
+    """
+
+    id: int
+    key: str
+    label: str | None
+    score: float
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -45,6 +65,37 @@ def inspect(path: str | Path) -> dict[str, Any]:
             f"{share:.0%}": float(f"{values[int(share * (len(values) - 1))]:.3g}") for share in (0, 0.01, 0.1, 0.5, 1)
         }
     return facts
+
+
+def top_self(path: str | Path, num: int = 10) -> list[SelfInfluence]:
+    """Return the training examples with the largest self-influence, largest first: `score(i, i)` of eq. (9).
+
+    It is large for an example whose gradient is large, or unlike those of the others. The score is preconditioned, with
+    the kernel and the damping of the index; the teacher is not needed, and one part of the store is held at a time.
+    Both sides have the same draws, so that it also holds the square of their noise.
+
+    Raises:
+        ArgumentError: for `num` below 1.
+        StoreError: if there is no index, or it is not complete.
+        StoreCorruptError: if a file is damaged.
+    """
+    check_at_least("num", num, 1)
+    store = FeatureStore.open(path)
+    settings = read_index_settings(store)
+    kernel = load_kernel(store.path / "kernel.safetensors")
+    inverse = kernel.inverse("preconditioned", settings.damping)
+    best: list[tuple[float, int]] = []
+    for part in store.parts:
+        content = store.read_part(part)
+        bands = kernel.banded(content.features).mean(2)  # (examples, bands, proj_dim)
+        scores = (bands.square() * inverse).sum(2).mean(1)
+        best = heapq.nlargest(num, best + list(zip(scores.tolist(), (-content.ids).tolist(), strict=True)))
+    records = store.find_records([-negated for _, negated in best])
+    names = store.manifest["dataset"]["label_names"]
+    return [
+        SelfInfluence(-negated, records[-negated].key, label_name(records[-negated].label, names), score)
+        for score, negated in best
+    ]
 
 
 def verify(path: str | Path) -> list[str]:

@@ -50,6 +50,13 @@ class Record:
     error: str | None = None
 
 
+def label_name(label: int | None, names: Sequence[str] | None) -> str | None:
+    """Return the class name of a label where there is one, else its number."""
+    if label is None:
+        return None
+    return names[label] if names is not None and 0 <= label < len(names) else str(label)
+
+
 @dataclass(frozen=True)
 class PartFeatures:
     """Features of the examples of one part, in row order.

@@ -35,8 +35,12 @@ def prediction_target(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, t
     return {"epsilon": noise, "sample": latents, "v_prediction": velocity}[schedule.prediction_type]
 
 
-def objective_value(objective: str, model_output: Tensor, target: Tensor) -> Tensor:
-    """Return l of eq. (1) for one example."""
+def objective_value(objective: str, model_output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return l of eq. (1) for one example, or of eq. (12), one position after the other."""
+    if mask is not None:
+        places = [(i, j) for i in range(mask.shape[0]) for j in range(mask.shape[1])]
+        parts = [float(mask[p]) * objective_value(objective, model_output[:, *p], target[:, *p]) for p in places]
+        return torch.stack(parts).sum() / float(mask.double().sum())
     if objective == "loss":
         return F.mse_loss(model_output, target)
     return {"squared-norm": (model_output**2).mean(), "mean": model_output.mean()}[objective]
@@ -81,6 +85,7 @@ def features(
     *,
     objective: str = "loss",
     weighting: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Return P^T of every term of eq. (2): one example, one encoding, one draw, one backward pass at a time."""
     rows = []
@@ -90,14 +95,16 @@ def features(
             row = i if len(draws.timesteps) > 1 else 0
             columns = zip(draws.timesteps[row], draws.noise[row], draws.weights[row], strict=True)
             for place, (timestep, noise, weight) in enumerate(columns):
-                t, z, eps = int(timestep), latents[i, place // draws_per_encoding], noise.to(latents)
+                r = place // draws_per_encoding
+                t, z, eps = int(timestep), latents[i, r], noise.to(latents)
                 omega = 1.0 if weighting is None else float(weighting[t])
                 output = teacher.predict(
                     noisy_latents(teacher.noise_schedule, z, eps, t)[None],
                     torch.tensor([t]),
                     {name: values[i : i + 1] for name, values in condition.items()},
                 )[0]
-                value = objective_value(objective, output, prediction_target(teacher.noise_schedule, z, eps, t))
+                target = prediction_target(teacher.noise_schedule, z, eps, t)
+                value = objective_value(objective, output, target, None if mask is None else mask[i, r])
                 rows.append(project(autograd_gradients(float(weight) * omega * value, layers)))
     return torch.stack(rows).view(len(latents), draws.timesteps.shape[1], -1)
 

@@ -18,6 +18,7 @@ from carv_attrib.errors import ArgumentError, DataError, StoreError, StoreMismat
 from carv_attrib.estimator import average_bands
 from carv_attrib.kernel import fit_kernel
 from carv_attrib.pipeline import build_index
+from carv_attrib.refinement import encode_examples, fresh_draws
 from carv_attrib.scores import score_bands
 from carv_attrib.store import FeatureStore
 from tests.conftest import SETTINGS
@@ -338,3 +339,112 @@ def test_groups_are_sums_of_the_scores_of_their_members(
         assert group.low is not None
         assert group.low < group.score
     assert [group.score for group in groups] == sorted((group.score for group in groups), reverse=True)
+
+
+# Masks: which examples made this part
+
+
+@pytest.fixture(scope="module")
+def pixel_attributor(tmp_path_factory: pytest.TempPathFactory) -> Attributor:
+    """Return an index of 40 digits by the packaged teacher in pixel space, a convolutional one."""
+    folder, digits = tmp_path_factory.mktemp("pixels"), open_dataset("digits")
+    (folder / "digits").mkdir()
+    for row in range(40):
+        digits.load(row).image.save(folder / "digits" / f"{row:03d}.png")
+    teacher = load_teacher("demo-pixels", device="cpu")
+    featurize(teacher, folder / "digits", folder / "index", num_draws=8)
+    return Attributor.open(folder / "index", teacher=teacher)
+
+
+def half(size: tuple[int, int], side: str) -> Image.Image:
+    """Return a mask of one half."""
+    white = np.zeros(size[::-1], np.uint8)
+    columns, rows = size[0] // 2, size[1] // 2
+    parts: dict[str, Any] = {
+        "left": np.s_[:, :columns],
+        "right": np.s_[:, columns:],
+        "top": np.s_[:rows],
+        "bottom": np.s_[rows:],
+    }
+    white[parts[side]] = 255
+    return Image.fromarray(white)
+
+
+def scores_of(attributor: Attributor, image: Any, **options: Any) -> np.ndarray:
+    """Return all scores in the order of the ids, as a query reports them."""
+    result = attributor.query(image, top_k=40, **options)
+    return result.scores[np.argsort(result.ids)]
+
+
+@pytest.mark.parametrize("size", [(8, 8), (48, 48), (24, 12), (12, 24)])  # the last two are cropped to a square
+@pytest.mark.parametrize(("first", "second"), [("left", "right"), ("top", "bottom")])
+def test_the_example_that_a_part_was_cut_from_comes_first_where_that_part_is_asked_about(
+    pixel_attributor: Attributor, first: str, second: str, size: tuple[int, int]
+) -> None:
+    digits = open_dataset("digits")
+    for a, b in ((0, 2), (12, 10), (31, 25), (1, 30), (33, 0), (26, 31)):
+        one, other = digits.load(a).image, digits.load(b).image
+        pasted = Image.composite(one, other, half(one.size, first))
+        for side, own, others in ((first, a, b), (second, b, a)):
+            scores = scores_of(pixel_attributor, pasted, mask=half(size, side))
+            assert scores[own] > scores[others], (a, b, side)
+
+
+def test_a_uniform_mask_asks_about_all_of_the_picture(pixel_attributor: Attributor) -> None:
+    picture = open_dataset("digits").load(7).image
+    plain = scores_of(pixel_attributor, picture)
+    for size in ((8, 8), (30, 50)):
+        white = Image.new("L", size, 255)
+        np.testing.assert_array_equal(scores_of(pixel_attributor, picture, mask=white), plain)
+        grey = scores_of(pixel_attributor, picture, mask=Image.new("L", size, 100))
+        np.testing.assert_allclose(grey, plain, rtol=1e-4)
+    assert not np.allclose(scores_of(pixel_attributor, picture, mask=half((8, 8), "left")), plain, rtol=0.05)
+    refined = [pixel_attributor.query(picture, top_k=5, refine=5, max_draws=16, mask=m) for m in (None, white)]
+    np.testing.assert_array_equal(*(result.scores for result in refined))
+
+
+def test_refinement_asks_about_the_same_part(pixel_attributor: Attributor) -> None:
+    """Both halves have the same area, so that their mean is the whole, in the rounds of refinement too."""
+    attributor, picture = pixel_attributor, open_dataset("digits").load(7).image
+    asked = attributor._encode([picture], None, None)
+    masked = [attributor._masked(asked, half((8, 8), side))[0] for side in ("left", "right")]
+    plain, left, right = (
+        fresh_draws(attributor.estimator, queries.encoded, asked.ids, 0)[0] for queries in (asked, *masked)
+    )
+    torch.testing.assert_close((left + right) / 2, plain, rtol=1e-3, atol=1e-5 * float(plain.abs().max()))
+    assert (left - plain).norm() > 0.3 * plain.norm()
+    result = attributor.query(picture, mask=half((8, 8), "left"), top_k=40, refine=40, max_draws=16, score="dot")
+    ids = result.ids.tolist()
+    encoded = encode_examples(attributor.estimator, attributor._examples, ids)
+    train = torch.cat(
+        [attributor.store.read_features(ids), fresh_draws(attributor.estimator, encoded, ids, 0)[0]], dim=2
+    )
+    query = torch.cat([attributor._features(masked[0]), left], dim=2)
+    expected = attributor._score(query, train, attributor._resolve("dot", None, None)).scores[0]
+    np.testing.assert_allclose(result.scores, expected.numpy(), rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_a_result_names_its_mask(
+    tmp_path: Path, attributor: Attributor, pictures: list[tuple[Image.Image, int]]
+) -> None:
+    half((8, 8), "left").save(tmp_path / "left.png")
+    assert attributor.query(pictures[0][0], label=0, mask=tmp_path / "left.png").settings["mask"] == "left.png"
+    assert attributor.query(pictures[0][0], label=0, mask=half((8, 8), "left")).settings["mask"] == "mask"
+    assert "mask" not in attributor.query(pictures[0][0], label=0).settings
+
+
+def test_a_mask_that_says_nothing_is_one_line(
+    tmp_path: Path, attributor: Attributor, pictures: list[tuple[Image.Image, int]]
+) -> None:
+    Image.new("L", (5, 8)).save(tmp_path / "black.png")
+    with pytest.raises(ArgumentError, match="^`mask` must be white where the image is asked about, black.png is all"):
+        attributor.query(pictures[0][0], label=0, mask=tmp_path / "black.png")
+    outside = Image.new("L", (80, 8))
+    outside.paste(255, (0, 0, 8, 8))  # cut off with the left of the picture
+    with pytest.raises(ArgumentError, match="mask is all black in the part of it that the teacher sees; paint"):
+        attributor.query(pictures[0][0], label=0, mask=outside)
+    with pytest.raises(DataError, match="^`mask` must be an image file, .*missing.png does not exist"):
+        attributor.query(pictures[0][0], label=0, mask=tmp_path / "missing.png")
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(DataError, match="^[^\n]*text.png: not an image of a known format[^\n]*$"):
+        attributor.query(pictures[0][0], label=0, mask=tmp_path / "text.png")

@@ -76,6 +76,31 @@ def test_query_prints_json_and_csv_and_writes_a_report(tmp_path: Path, tiny_inde
     assert "data:image/png;base64," in (tmp_path / "report.html").read_text()
 
 
+def test_query_about_a_part(tmp_path: Path, tiny_index: Path, digits_folder: Path) -> None:
+    question = ("query", tiny_index, "--image", digits_folder / "1" / "001.png", "--label", 1, "--json")
+    for name, box in (("top", (0, 0, 8, 4)), ("bottom", (0, 4, 8, 8)), ("black", (0, 0, 0, 0))):
+        mask = Image.new("L", (8, 8))
+        mask.paste(255, box)
+        mask.save(tmp_path / f"{name}.png")
+    top, bottom = (json.loads(run(*question, "--mask", tmp_path / f"{n}.png").stdout) for n in ("top", "bottom"))
+    assert top["settings"]["mask"] == "top.png"
+    assert [m["score"] for m in top["proponents"]] != [m["score"] for m in bottom["proponents"]]
+    assert_one_line(run(*question, "--mask", tmp_path / "black.png"), 2, "`mask` must be white", "black.png")
+    assert_one_line(run(*question, "--mask", tmp_path / "none.png"), 1, "`mask` must be an image file", "none.png")
+
+
+def test_inspect_shows_what_influences_itself_most(tiny_index: Path) -> None:
+    found = json.loads(run("inspect", tiny_index, "--top", "self", "--num", 3, "--json").output)
+    assert [sorted(example) for example in found] == [["id", "key", "label", "score"]] * 3
+    assert found[0]["score"] > found[1]["score"] > found[2]["score"] > 0
+    assert len(json.loads(run("inspect", tiny_index, "--top", "self", "--json").output)) == 10
+    shown = run("inspect", tiny_index, "--top", "self", "--num", 3).output
+    rows = [line.split() for line in shown.splitlines() if line.strip()[:1].isdigit()]
+    assert [(row[2], row[3], row[4]) for row in rows] == [(str(x["id"]), x["key"], x["label"]) for x in found]
+    assert_one_line(run("inspect", tiny_index, "--num", 3), 2, "--num", "--top self")
+    assert_one_line(run("inspect", tiny_index, "--top", "self", "--num", 0), 2, "`num` must be", "got 0")
+
+
 def answer_ids(text: str) -> list[int]:
     return [int(row["id"]) for row in csv.DictReader(io.StringIO(text))]
 

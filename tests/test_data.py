@@ -320,6 +320,11 @@ def test_open_image_that_is_missing(tmp_path):
         open_image(tmp_path / "a.png")
 
 
+def test_open_image_under_the_name_of_its_argument(tmp_path):
+    with pytest.raises(DataError, match=r"`mask` must be an image file, .*a\.png does not exist; check the path"):
+        open_image(tmp_path / "a.png", argument="mask")
+
+
 def test_open_image_that_is_a_folder(tmp_path):
     with pytest.raises(DataError, match=r"`image` must be an image file, .* is a folder; name a file in it"):
         open_image(tmp_path)

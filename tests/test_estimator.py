@@ -252,3 +252,22 @@ def test_the_scores_proposal_needs_two_examples(tmp_path: Path, ddpm_folder: Pat
     (one / picture.name).write_bytes(picture.read_bytes())
     with pytest.raises(DataError, match="`proposal` scores compares examples, and only one could be read for its"):
         featurize(ddpm_folder, tmp_path / "one", tmp_path / "index", **SETTINGS | {"proposal": "scores"})
+
+
+@pytest.mark.parametrize("augmentation", ["flip", "crop"])
+def test_a_mask_is_augmented_as_the_picture_is(augmentation: Any) -> None:
+    """In pixel space a picture is its own latents, so a picture that is its own mask comes out the same."""
+    config = FeaturizeConfig.from_flat({"augmentation": augmentation, "num_encodings": 6})
+    teacher = load_teacher("demo-pixels", device="cpu")
+    estimator = build_estimator(teacher, config, 4, profile=None)
+    pixels = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    encodings = estimator.encode(pixels, None, None, [-5, -6]).latents[:, :, 0]
+    assert len({tuple(encoding.flatten().tolist()) for encoding in encodings[0]}) > 1
+    torch.testing.assert_close(estimator.mask(pixels, [-5, -6]) * 2 - 1, encodings, rtol=0, atol=1e-6)
+
+
+def test_a_mask_is_averaged_over_the_area_of_each_latent_position(dit_folder: Path) -> None:
+    estimator = build_estimator(load_teacher(dit_folder, device="cpu"), FeaturizeConfig.from_flat({}), 4, profile=None)
+    white = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = white.view(4, 2, 4, 2).mean((1, 3))
+    torch.testing.assert_close(estimator.mask(white * 2 - 1, [-5])[0, 0], expected)

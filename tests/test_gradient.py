@@ -161,6 +161,27 @@ def test_each_encoding_has_its_own_draws(cases: Callable[[str], Case], ids: list
     assert_same(case.features(projector), case.expected(projector))
 
 
+@pytest.mark.parametrize("family", ["dit_folder", "sd_v_folder"])
+@pytest.mark.parametrize("objective", ["loss", "squared-norm", "mean"])
+def test_masked_features_are_the_naive_ones(cases: Callable[[str], Case], family: str, objective: str) -> None:
+    """Each example and each encoding has a mask of its own, with grey values and zeros."""
+    case = cases(family)
+    draws = sample_draws(uniform_proposal(NUM_TIMESTEPS), case.teacher.latent_shape, num_draws=4)
+    other = torch.randn(case.latents.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    case = replace(case, latents=torch.cat([case.latents, other], dim=1), draws=draws)
+    mask = torch.rand(3, 2, *case.teacher.latent_shape[1:], generator=torch.Generator().manual_seed(2))
+    mask[:, :, 1:3] = 0
+    projector = case.projector()
+    actual = case.features(projector, objective=objective, mask=mask)
+    assert_same(actual, case.expected(projector, objective=objective, mask=mask))
+
+
+def test_a_white_mask_changes_no_bit_of_the_features(cases: Callable[[str], Case]) -> None:
+    case = cases("ddpm_folder")
+    projector, white = case.projector(), torch.ones(3, 1, *case.teacher.latent_shape[1:])
+    assert torch.equal(case.features(projector, mask=white), case.features(projector))
+
+
 def test_importance_weights_and_weighting_scale_each_draw(cases: Callable[[str], Case]) -> None:
     case = cases("ddpm_folder")
     projector = case.projector()
@@ -495,6 +516,13 @@ def test_objectives_are_means_over_positions_in_float32(objective: Any, expected
     value = row_objective(objective, output, target)
     assert value.dtype == torch.float32
     assert value.tolist() == [expected]
+
+
+@pytest.mark.parametrize(("objective", "expected"), [("loss", 1.75), ("squared-norm", 3.0), ("mean", 1.5)])
+def test_a_mask_weights_positions_and_not_channels(objective: Any, expected: float) -> None:
+    output = torch.tensor([[[[1.0, 3.0]], [[1.0, 3.0]]]])
+    target = torch.tensor([[[[2.0, 1.0]], [[2.0, 1.0]]]])
+    assert row_objective(objective, output, target, torch.tensor([[[0.75, 0.25]]])).tolist() == [expected]
 
 
 @pytest.mark.gpu

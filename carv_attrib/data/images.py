@@ -152,8 +152,8 @@ def _open_quietly(content: bytes) -> Image.Image:
         return image
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """The image in one file.
+def open_image(path: str | Path, *, argument: str = "image") -> Image.Image:
+    """The image in one file; `argument` is what messages call it.
 
     Raises:
         DataError: `path` is missing, a folder, or not readable.
@@ -163,11 +163,11 @@ def open_image(path: str | Path) -> Image.Image:
     try:
         content = Path(path).read_bytes()
     except FileNotFoundError as err:
-        raise DataError(f"`image` must be an image file, {key} does not exist; check the path.") from err
+        raise DataError(f"`{argument}` must be an image file, {key} does not exist; check the path.") from err
     except IsADirectoryError as err:
-        raise DataError(f"`image` must be an image file, {key} is a folder; name a file in it.") from err
+        raise DataError(f"`{argument}` must be an image file, {key} is a folder; name a file in it.") from err
     except (OSError, ValueError) as err:
-        raise DataError(f"`image` must be an image file, {key} cannot be read ({reason(err)}).") from err
+        raise DataError(f"`{argument}` must be an image file, {key} cannot be read ({reason(err)}).") from err
     return decode_image(content, key)
 
 

@@ -1,0 +1,109 @@
+"""Self-influence against the diagonal of the explicit matrix of scores."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from carv_attrib import Attributor
+from carv_attrib.errors import ArgumentError, StoreCorruptError, StoreError
+from carv_attrib.inspection import SelfInfluence, top_self
+from carv_attrib.kernel import ScoreKind, fit_kernel
+from carv_attrib.pipeline import build_index
+from carv_attrib.store import FeatureStore, PartFeatures, Record
+
+
+@pytest.fixture
+def hand_made(tmp_path: Path) -> FeatureStore:
+    """Return a store of 10 examples in parts of 4, one of them skipped, its ids not in the order of its rows."""
+    manifest = {
+        "config": {"part_size": 4, "num_bands": 2, "num_draws": 4, "feature_dtype": "float32"},
+        "dataset": {"num_examples": 10, "fingerprint": "d", "label_names": ["cat", "dog"]},
+        "teacher": {"fingerprint": "t"},
+        "num_replicates": 2,
+        "draws_per_example": 4,
+        "proj_dim": 6,
+    }
+    store = FeatureStore.create(tmp_path / "index", manifest)
+    generator = torch.Generator().manual_seed(0)
+    for part in range(3):
+        ids = [107 - row for row in store.part_rows(part)]
+        draws = torch.randn(len(ids), 4, 6, generator=generator) * torch.rand(len(ids), 1, 1, generator=generator) * 3
+        records = [Record(i, f"file {i}", i % 3 or None, None, b"png") for i in ids]
+        if part == 1:
+            records[2] = replace(records[2], thumbnail=b"", error="damaged")
+            ids, draws = ids[:2] + ids[3:], draws[[0, 1, 3]]
+        features = draws.view(-1, 2, 2, 6)
+        store.write_part(part, PartFeatures(torch.tensor(ids), features, torch.tensor(ids), draws), records)
+    return FeatureStore.open(store.path)
+
+
+def explicit(store: FeatureStore, damping: float, *, bands_apart: bool) -> dict[int, float]:
+    """Return the diagonal of eq. (9), with H and its inverse written out."""
+    parts = [store.read_part(part) for part in store.parts]
+    bands = torch.cat([part.features for part in parts]).double().mean(2)  # (examples, bands, d)
+    vectors = torch.cat([part.kernel_draws for part in parts]).double().flatten(0, 1)
+    if not bands_apart:
+        bands = bands.mean(1, keepdim=True)
+        vectors = bands[:, 0]
+    hessian = vectors.T @ vectors / len(vectors)
+    lam = damping * hessian.trace() / len(hessian)
+    inverse = torch.linalg.inv(hessian + lam * torch.eye(len(hessian), dtype=torch.float64))
+    matrix = torch.einsum("qbd,de,nbe->qn", bands, inverse, bands) / bands.shape[1]
+    return dict(zip(store.ids.tolist(), matrix.diagonal().tolist(), strict=True))
+
+
+@pytest.mark.parametrize("kernel", ["draws", "means"])
+@pytest.mark.parametrize("damping", [0.01, 2.0])
+@pytest.mark.parametrize("score", ["preconditioned", "dot"])
+@pytest.mark.parametrize("num", [1, 4, 9, 50])
+def test_self_influence_is_the_diagonal_of_the_matrix_of_scores(
+    hand_made: FeatureStore, kernel: str, damping: float, score: ScoreKind, num: int
+) -> None:
+    build_index(hand_made, score=score, kernel=kernel, damping=damping)
+    expected = explicit(hand_made, damping, bands_apart=kernel == "draws")
+    order = sorted(expected, key=lambda i: -expected[i])[:num]
+    found = top_self(hand_made.path, num)
+    assert [example.id for example in found] == order
+    np.testing.assert_allclose([example.score for example in found], [expected[i] for i in order], rtol=1e-9)
+    assert [example.key for example in found] == [f"file {i}" for i in order]
+    assert [example.label for example in found] == [[None, "dog", "2"][i % 3] for i in order]
+
+
+def test_automatic_damping_is_that_of_the_kernel(hand_made: FeatureStore) -> None:
+    build_index(hand_made)
+    expected = explicit(hand_made, fit_kernel(hand_made).auto_damping, bands_apart=True)
+    np.testing.assert_allclose([x.score for x in top_self(hand_made.path, 9)], sorted(expected.values())[::-1])
+
+
+def test_ties_come_in_the_order_of_ids(hand_made: FeatureStore) -> None:
+    part = hand_made.read_part(0)
+    same = part.features[:1].expand_as(part.features)
+    hand_made.write_part(0, replace(part, features=same), hand_made.read_records(0))
+    build_index(hand_made)
+    tied = [x.id for x in top_self(hand_made.path, 9) if x.id in part.ids.tolist()]
+    assert tied == sorted(part.ids.tolist())
+
+
+def test_self_influence_is_what_a_query_about_an_example_says_of_itself(tiny_index: Path, digits_folder: Path) -> None:
+    """Up to the precision of the store, and without the teacher."""
+    first = top_self(tiny_index, 1)[0]
+    assert isinstance(first, SelfInfluence)
+    assert first.label == first.key[0]
+    asked = Attributor.open(tiny_index, device="cpu").query(digits_folder / first.key, label=int(first.key[0]))
+    assert asked.scores[asked.ids.tolist().index(first.id)] == pytest.approx(first.score, rel=1e-2)
+
+
+def test_self_influence_needs_a_number_and_an_index(hand_made: FeatureStore) -> None:
+    with pytest.raises(StoreError, match="has no index yet; run"):
+        top_self(hand_made.path)
+    build_index(hand_made)
+    with pytest.raises(ArgumentError, match="`num` must be a whole number of at least 1, got 0"):
+        top_self(hand_made.path, 0)
+    hand_made.features_path(1).write_bytes(b"")
+    with pytest.raises(StoreCorruptError, match="part-000001.safetensors is damaged"):
+        top_self(hand_made.path)
