@@ -103,7 +103,11 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--teacher", help="Folder of a diffusers pipeline, a hub id, or `demo`.")
+@click.option(
+    "--teacher",
+    multiple=True,
+    help="Folder of a diffusers pipeline, a hub id, or `demo`. Several: scores are averaged.",
+)
 @click.option("--dataset", help="Folder, .parquet file, hub id, or `digits`.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the index.")
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file with the same keys as the flags.")
@@ -112,13 +116,20 @@ def main() -> None:
 @setting_options
 def featurize(config: Path | None, **flags: Any) -> None:
     """Compute the features of every example of DATASET, and index them. Run it again to go on after a stop."""
+    from carv_attrib.ensemble import featurize_ensemble
     from carv_attrib.pipeline import featurize as run
 
     settings = _settings(config, flags, ("teacher", "dataset", "output"))
+    teachers, dataset, output = (settings.pop(name) for name in ("teacher", "dataset", "output"))
+    teachers = [teachers] if isinstance(teachers, str) else list(teachers)  # a config file may hold one or a list
     quiet_libraries()
-    store = run(settings.pop("teacher"), settings.pop("dataset"), settings.pop("output"), **settings)
-    skipped = store.num_skipped()
-    click.echo(f"{len(store.ids)} examples in {store.path}" + (f", {skipped} skipped" if skipped else ""))
+    if len(teachers) == 1:
+        stores = [run(teachers[0], dataset, output, **settings)]
+    else:
+        stores = featurize_ensemble(teachers, dataset, output, **settings)
+    for store in stores:
+        skipped = store.num_skipped()
+        click.echo(f"{len(store.ids)} examples in {store.path}" + (f", {skipped} skipped" if skipped else ""))
 
 
 @main.command()
@@ -155,13 +166,15 @@ def plan(config: Path | None, plot: Path | None, as_json: bool, **flags: Any) ->
 @score_options("preconditioned", "draws", "auto")
 def index(index: Path, **choices: Any) -> None:
     """Fit the kernel of INDEX and build its search index, for one score."""
+    from carv_attrib.ensemble import member_folders
     from carv_attrib.pipeline import build_index
     from carv_attrib.store import FeatureStore
 
-    store = FeatureStore.open(index)
-    with store.writing():
-        build_index(store, **{name: value for name, value in choices.items() if value is not None})
-    click.echo(f"{len(store.ids)} examples indexed in {index}")
+    for folder in member_folders(index):
+        store = FeatureStore.open(folder)
+        with store.writing():
+            build_index(store, **{name: value for name, value in choices.items() if value is not None})
+        click.echo(f"{len(store.ids)} examples indexed in {folder}")
 
 
 @main.command()
@@ -172,7 +185,7 @@ def index(index: Path, **choices: Any) -> None:
 @click.option("--top-k", type=int, default=10, show_default=True)
 @click.option("--opponents", is_flag=True, help="Also show the examples with the smallest scores.")
 @click.option("--timesteps", type=_window, metavar="FIRST:LAST", help="Score only bands of timesteps in [FIRST, LAST).")
-@click.option("--group-by", type=click.Choice(["label", "caption", "folder"]), help="Also add up the scores of groups.")
+@click.option("--group-by", help="Also add up scores by label, caption, folder, or a column of the data set.")
 @click.option("--refine", type=int, help="Take more draws of so many of the first examples, and rank them again.")
 @click.option("--target-se", type=float, help="Stop refining when the standard errors shown are at most this.")
 @click.option(
@@ -184,15 +197,17 @@ def index(index: Path, **choices: Any) -> None:
     help="A grey picture, white where the image is asked about; or all of it.",
 )
 @AS_INDEXED
-@click.option("--teacher", help="Where the teacher lies now, if it was moved.")
-@click.option("--dataset", help="Where the training examples lie now, if they were moved; for --refine.")
+@click.option("--teacher", multiple=True, help="Where the teacher lies now, if it was moved; all of them, if several.")
+@click.option(
+    "--dataset", help="Where the training examples lie now, if they were moved; for --refine, --group-by COLUMN."
+)
 @click.option("--device", default="auto", show_default=True)
 @click.option("--report", type=click.Path(path_type=Path), help="Write a web page in one file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 def query(
     index: Path,
-    teacher: str | None,
+    teacher: tuple[str, ...],
     dataset: str | None,
     device: str,
     report: Path | None,
@@ -206,7 +221,7 @@ def query(
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other; give one of them.")
     quiet_libraries()
-    attributor = Attributor.open(index, teacher=teacher, dataset=dataset, device=device)
+    attributor = Attributor.open(index, teacher=teacher or None, dataset=dataset, device=device)
     result = attributor.query(question.pop("image"), **question)
     if as_json:
         click.echo(json.dumps(result.to_dict(), indent=1))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from carv_attrib.config import check_at_least
+from carv_attrib.ensemble import member_folders
 from carv_attrib.errors import CarvError
 from carv_attrib.index import read_index_settings
 from carv_attrib.kernel import load_kernel
@@ -104,6 +105,9 @@ def verify(path: str | Path) -> list[str]:
     Raises:
         StoreError: if there is no index at all.
     """
+    folders = member_folders(path)
+    if len(folders) > 1:
+        return [problem for folder in folders for problem in verify(folder)]
     store = FeatureStore.open(path)
     problems = store.verify()
     kernel = store.path / "kernel.safetensors"

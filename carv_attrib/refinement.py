@@ -17,6 +17,7 @@ from carv_attrib.data import ExampleDataset, open_dataset
 from carv_attrib.errors import ArgumentError, StoreMismatchError
 from carv_attrib.estimator import Encoded, Estimator, average_bands, check_finite, kernel_vectors
 from carv_attrib.kernel import KernelKind
+from carv_attrib.scores import BandScores
 from carv_attrib.seeding import choose_positions, stream_key
 from carv_attrib.store import FeatureStore
 
@@ -35,20 +36,22 @@ class Refinement:
         num_candidates: how many of the first examples.
         target_se: standard error that all returned examples are to have at most, or None.
         max_draws: draws of an example at most, those of the index among them.
+        top_k: examples that are returned.
     """
 
     num_candidates: int
     target_se: float | None
     max_draws: int
+    top_k: int
 
-    def check(self, top_k: int, kernel: KernelKind, manifest: Mapping[str, Any]) -> None:
+    def check(self, kernel: KernelKind, manifest: Mapping[str, Any]) -> None:
         """Check the numbers, and that an index can be refined.
 
         Raises:
             ArgumentError: if it cannot.
         """
         config = FeaturizeConfig.from_flat(manifest["config"]).estimator
-        check_at_least("refine", self.num_candidates, top_k)
+        check_at_least("refine", self.num_candidates, self.top_k)
         check_at_least("max_draws", self.max_draws, 2 * config.num_draws)
         if self.target_se is not None and not self.target_se > 0:
             raise ArgumentError(
@@ -66,6 +69,11 @@ class Refinement:
                 f"`refine` needs strata, whose draws can be added to, this index has `scheme` {config.scheme}; "
                 "featurize with the scheme stratified."
             )
+
+    def is_enough(self, found: BandScores) -> bool:
+        """Return whether the standard errors of the first `top_k` examples of the (one) query are small enough."""
+        shown = found.scores[0].topk(min(self.top_k, found.scores.shape[1])).indices
+        return self.target_se is not None and bool(found.standard_errors[0, shown].max() <= self.target_se)
 
 
 def reopen_dataset(dataset: str | Path | datasets.Dataset, manifest: Mapping[str, Any]) -> ExampleDataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -78,10 +79,28 @@ class BandScores:
         degrees = self.degrees_of_freedom
         return self.standard_errors * (float(student_t.ppf((1 + CONFIDENCE) / 2, degrees)) if degrees else 1.0)
 
-    def negated(self) -> BandScores:
-        """Return minus the scores."""
-        influences = None if self.influences is None else -self.influences
-        return BandScores(-self.bands, influences, self.spread)
+    def scaled(self, factor: float | Tensor) -> BandScores:
+        """Return the scores times a factor: one number, or one for each query and example."""
+        influences = None if self.influences is None else self.influences * factor
+        return BandScores(self.bands * factor, influences, self.spread)
+
+    def positive(self) -> BandScores:
+        """Return the scores with zeros in place of those that are not positive."""
+        return self.scaled((self.scores > 0).double())
+
+    def shares(self) -> BandScores:
+        """Return each column's share of the sum of all columns of its query, to first order in the errors.
+
+        An error of the sum moves all shares. NaN where the sum is zero.
+        """
+        total = self.scores.sum(-1, keepdim=True)
+        shares = self.scores / total
+
+        def moved(errors: Tensor) -> Tensor:
+            return (errors - shares * errors.sum(-1, keepdim=True)) / total
+
+        influences = None if self.influences is None else moved(self.influences)
+        return BandScores(shares + moved(self.bands - self.scores), influences, self.spread)
 
     def select(self, train: Int[np.ndarray, " selected"]) -> BandScores:
         """Return the scores of some training examples, in the given order."""
@@ -96,15 +115,6 @@ class BandScores:
 
         influences = None if self.influences is None else sums(self.influences)
         return BandScores(sums(self.bands), influences, self.spread)
-
-    def padded(self, num_columns: int) -> BandScores:
-        """Return the scores with columns of zeros at the end, as many in all."""
-
-        def pad(values: Tensor) -> Tensor:
-            return torch.nn.functional.pad(values, (0, num_columns - values.shape[-1]))
-
-        influences = None if self.influences is None else pad(self.influences)
-        return BandScores(pad(self.bands), influences, self.spread)
 
     def __add__(self, other: BandScores) -> BandScores:
         """Return sums of scores of the same columns."""
@@ -172,3 +182,9 @@ def join(parts: list[BandScores]) -> BandScores:
     if first.influences is not None:
         influences = torch.cat([part.influences for part in parts if part.influences is not None], dim=3)
     return BandScores(torch.cat([part.bands for part in parts], dim=2), influences, first.spread)
+
+
+def mean(members: Sequence[BandScores]) -> BandScores:
+    """Return the mean of scores of the same examples by several teachers, whose draws, and errors, go together."""
+    first, *others = members
+    return sum(others, start=first).scaled(1 / len(members)) if others else first

@@ -27,6 +27,8 @@ from torch import Tensor
 from carv_attrib.errors import StoreCorruptError, StoreError, StoreMismatchError
 
 FORMAT_VERSION = 3
+ENSEMBLE_FILE = "ensemble.json"
+"""Lists the folders of the stores of several teachers; it lies beside them."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,10 @@ class FeatureStore:
         file = path / "manifest.json"
         if not path.exists():
             raise StoreError(f"{path} does not exist; name the folder that `carv-attrib featurize` wrote.")
+        if (path / ENSEMBLE_FILE).is_file():
+            raise StoreError(
+                f"{path} has an index for each of several teachers; name one, such as {path}/checkpoint-0."
+            )
         if not file.is_file():
             raise StoreError(f"{path} is not an index: it has no manifest.json; make one with `carv-attrib featurize`.")
         try:

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from carv_attrib import Attributor, featurize, load_teacher
-from carv_attrib.attributor import _query_id
 from carv_attrib.data import open_dataset
 from carv_attrib.errors import ArgumentError, DataError, StoreError, StoreMismatchError
 from carv_attrib.estimator import average_bands
 from carv_attrib.kernel import fit_kernel
 from carv_attrib.pipeline import build_index
 from carv_attrib.refinement import encode_examples, fresh_draws
+from carv_attrib.scorer import Choice, Scorer, _query_id
 from carv_attrib.scores import score_bands
 from carv_attrib.store import FeatureStore
 from tests.conftest import SETTINGS
@@ -27,6 +27,11 @@ from tests.conftest import SETTINGS
 @pytest.fixture(scope="module")
 def attributor(tiny_index: Path) -> Attributor:
     return Attributor.open(tiny_index, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def scorer(attributor: Attributor) -> Scorer:
+    return attributor.members[0]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +56,7 @@ def test_query_features_are_the_training_features_up_to_float16(
     """Shared draws: the same picture gives the same features, whoever asks."""
     store = FeatureStore.open(attributor.store.path)
     images, labels = [list(column) for column in zip(*pictures[:3], strict=True)]
-    features = attributor._features(attributor._encode(images, labels, None))
+    features = attributor.members[0].features(attributor.members[0].encode(images, labels))
     stored = store.read_features([0, 1, 2])
     assert ((features - stored).abs().amax(-1) / features.abs().amax(-1)).max() < 2**-11
 
@@ -81,7 +86,7 @@ def test_every_score_can_be_asked_of_one_index(
     result = attributor.query(image, label=label, top_k=20, **options)
     scores = attributor.scores([image], labels=[label], **options)
     np.testing.assert_allclose(result.scores, np.sort(scores[0])[::-1], rtol=1e-6)
-    features = attributor._features(attributor._encode([image], [label], None))
+    features = attributor.members[0].features(attributor.members[0].encode([image], [label]))
     fitted = fit_kernel(attributor.store, kernel)
     train = torch.cat([attributor.store.read_part(part).features for part in attributor.store.parts])
     exact = score_bands(
@@ -114,8 +119,9 @@ def test_a_query_is_encoded_as_the_training_examples_were(
     np.testing.assert_allclose(result.scores[0], together[0].max(), rtol=1e-9)
 
     estimator = attributor.estimator
-    asked = attributor._encode(images[:1], labels[:1], None)
-    features, pixels = attributor._features(asked), asked.pixels
+    scorer = attributor.members[0]
+    asked = scorer.encode(images[:1], labels[:1])
+    features, pixels = scorer.features(asked), asked.pixels
     as_example_0 = estimator.encode(pixels, labels[:1], None, [0])
     draws = estimator.draws([0])
     stored = average_bands(estimator.features(as_example_0, draws), draws, estimator.config)
@@ -309,7 +315,7 @@ def test_a_window_of_timesteps_scores_its_bands_only(
         ({"timesteps": (0, 20)}, r"`timesteps` must hold a whole band .* got 0:20; bands begin and end at 0, 50, 100"),
         ({"timesteps": (0, 50), "kernel": "means"}, "`timesteps` needs `kernel` draws and no cosine, got means"),
         ({"timesteps": (0, 50), "score": "cosine"}, "`timesteps` needs `kernel` draws and no cosine, got draws and co"),
-        ({"group_by": "artist"}, "`group_by` must be one of label, caption, folder, got 'artist'"),
+        ({"group_by": "artist"}, "there must be a column artist in .*, it has label"),
     ],
 )
 @pytest.mark.usefixtures("as_users_run_it")
@@ -338,7 +344,38 @@ def test_groups_are_sums_of_the_scores_of_their_members(
         assert group.standard_error <= errors[0, own].sum()  # not more than if all errors went the same way
         assert group.low is not None
         assert group.low < group.score
+        positive = scores[0].clip(min=0)
+        assert group.share == pytest.approx(positive[own].sum() / positive.sum(), rel=1e-6)
+        assert group.share_low is not None
+        assert group.share_high is not None
+        assert 0 <= group.share_low < group.share < group.share_high <= 1
     assert [group.score for group in groups] == sorted((group.score for group in groups), reverse=True)
+
+
+def test_groups_by_any_column_of_the_data_set(
+    tmp_path: Path, dit_folder: Path, pictures: list[tuple[Image.Image, int]]
+) -> None:
+    import datasets
+
+    artists = ["Ada", "Bob", None]
+    content = {
+        "image": [p for p, _ in pictures],
+        "label": [c for _, c in pictures],
+        "artist": [artists[i % 3] for i in range(20)],
+        "tags": [["ink", "red"][: i % 3] for i in range(20)],
+    }
+    dataset = datasets.Dataset.from_dict(content).cast_column("image", datasets.Image())
+    featurize(dit_folder, dataset, tmp_path / "index", **SETTINGS)
+    opened = Attributor.open(tmp_path / "index", dataset=dataset, device="cpu")
+    image, label = pictures[3]
+    scores = opened.scores([image], labels=[label])[0]
+    groups = {group.name: group for group in opened.query(image, label=label, group_by="artist").groups}
+    assert {name: group.num_examples for name, group in groups.items()} == {"Ada": 7, "Bob": 7, "": 6}
+    assert groups["Bob"].score == pytest.approx(scores[1::3].sum(), rel=1e-6)
+    tags = {group.name: group.num_examples for group in opened.query(image, label=label, group_by="tags").groups}
+    assert tags == {"": 7, "ink": 7, "ink, red": 6}
+    with pytest.raises(DataError, match="in-memory"):
+        Attributor.open(tmp_path / "index", device="cpu").query(image, label=label, group_by="artist")
 
 
 # Masks: which examples made this part
@@ -406,21 +443,22 @@ def test_a_uniform_mask_asks_about_all_of_the_picture(pixel_attributor: Attribut
 def test_refinement_asks_about_the_same_part(pixel_attributor: Attributor) -> None:
     """Both halves have the same area, so that their mean is the whole, in the rounds of refinement too."""
     attributor, picture = pixel_attributor, open_dataset("digits").load(7).image
-    asked = attributor._encode([picture], None, None)
-    masked = [attributor._masked(asked, half((8, 8), side))[0] for side in ("left", "right")]
+    scorer, left_half = attributor.members[0], half((8, 8), "left")
+    asked = scorer.encode([picture])
+    masked = [scorer.encode([picture], mask=half((8, 8), side)) for side in ("left", "right")]
     plain, left, right = (
         fresh_draws(attributor.estimator, queries.encoded, asked.ids, 0)[0] for queries in (asked, *masked)
     )
     torch.testing.assert_close((left + right) / 2, plain, rtol=1e-3, atol=1e-5 * float(plain.abs().max()))
     assert (left - plain).norm() > 0.3 * plain.norm()
-    result = attributor.query(picture, mask=half((8, 8), "left"), top_k=40, refine=40, max_draws=16, score="dot")
+    result = attributor.query(picture, mask=left_half, top_k=40, refine=40, max_draws=16, score="dot")
     ids = result.ids.tolist()
-    encoded = encode_examples(attributor.estimator, attributor._examples, ids)
+    encoded = encode_examples(attributor.estimator, scorer.examples, ids)
     train = torch.cat(
         [attributor.store.read_features(ids), fresh_draws(attributor.estimator, encoded, ids, 0)[0]], dim=2
     )
-    query = torch.cat([attributor._features(masked[0]), left], dim=2)
-    expected = attributor._score(query, train, attributor._resolve("dot", None, None)).scores[0]
+    query = torch.cat([scorer.features(masked[0]), left], dim=2)
+    expected = scorer.score(query, train, Choice("dot", "draws", 0.1)).scores[0]
     np.testing.assert_allclose(result.scores, expected.numpy(), rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
@@ -437,11 +475,11 @@ def test_a_mask_that_says_nothing_is_one_line(
     tmp_path: Path, attributor: Attributor, pictures: list[tuple[Image.Image, int]]
 ) -> None:
     Image.new("L", (5, 8)).save(tmp_path / "black.png")
-    with pytest.raises(ArgumentError, match="^`mask` must be white where the image is asked about, black.png is all"):
+    with pytest.raises(ArgumentError, match="^`mask` must be white where the image is asked about, it is all"):
         attributor.query(pictures[0][0], label=0, mask=tmp_path / "black.png")
     outside = Image.new("L", (80, 8))
     outside.paste(255, (0, 0, 8, 8))  # cut off with the left of the picture
-    with pytest.raises(ArgumentError, match="mask is all black in the part of it that the teacher sees; paint"):
+    with pytest.raises(ArgumentError, match="it is all black in the part of it that the teacher sees; paint"):
         attributor.query(pictures[0][0], label=0, mask=outside)
     with pytest.raises(DataError, match="^`mask` must be an image file, .*missing.png does not exist"):
         attributor.query(pictures[0][0], label=0, mask=tmp_path / "missing.png")

@@ -32,18 +32,19 @@ def test_refined_scores_are_those_of_all_draws_together(attributor: Attributor, 
     """Equation (11) by hand: means over replicates of all rounds, an H of the references' fresh draws and the index."""
     refined = attributor.query(picture, label=1, top_k=20, refine=20, max_draws=12, damping=0.5)
     estimator, store = attributor.estimator, attributor.store
-    asked = attributor._encode([Image.open(picture)], [1], None)
+    scorer = attributor.members[0]
+    asked = scorer.encode([Image.open(picture)], [1])
     references = choose_references(store)
     examples = open_dataset(store.manifest["dataset"]["source"])
     encoded = encode_examples(estimator, examples, store.ids.tolist())
-    query, train, vectors = [attributor._features(asked)], [store.read_features(range(20))], []
+    query, train, vectors = [scorer.features(asked)], [store.read_features(range(20))], []
     for number in range(2):
         query.append(fresh_draws(estimator, asked.encoded, asked.ids, number)[0])
         bands, draws = fresh_draws(estimator, encoded, store.ids.tolist(), number)
         train.append(bands)
         vectors.append(draws[torch.tensor(references)])
     q, t = (torch.cat(x, dim=2).mean(2).double() for x in (query, train))
-    own = attributor._kernel("draws")
+    own = scorer.kernel("draws")
     flat = torch.cat(vectors, dim=1).double().flatten(0, 1)
     hessian = (flat.T @ flat / len(flat) + own.eigenvectors @ own.eigenvalues.diag() @ own.eigenvectors.T) / 2
     damped = hessian + 0.5 * torch.trace(hessian) / len(hessian) * torch.eye(len(hessian)).double()
@@ -56,8 +57,9 @@ def test_refined_scores_are_those_of_all_draws_together(attributor: Attributor, 
 
 
 def test_fresh_draws_are_new_in_each_round_and_shared_between_examples(attributor: Attributor, picture: Path) -> None:
-    asked = attributor._encode([Image.open(picture)] * 2, [1, 1], None)
-    of_index = attributor._features(asked)
+    scorer = attributor.members[0]
+    asked = scorer.encode([Image.open(picture)] * 2, [1, 1])
+    of_index = scorer.features(asked)
     first, second = (fresh_draws(attributor.estimator, asked.encoded, [-1, -2], n)[0] for n in range(2))
     torch.testing.assert_close(first[0], first[1])
     for one, other in ((of_index, first), (first, second)):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from carv_attrib.scores import CONFIDENCE, BandScores, join, score_bands
+from carv_attrib.scores import CONFIDENCE, BandScores, join, mean, score_bands
 
 DIM = 3
 ONES = torch.ones(DIM).double()
@@ -95,13 +95,13 @@ def test_without_replicates_bands_stand_in_and_one_band_has_no_error() -> None:
             assert math.isnan(values.item())
 
 
-def test_parts_are_joined_and_chosen_from_and_negated() -> None:
+def test_parts_are_joined_and_chosen_from_and_scaled() -> None:
     query, train, _ = noisy_features(1, replicates=2, queries=2, train=5)
     whole = score_bands(query[0], train[0], ONES)
     joined = join([score_bands(query[0], rows, ONES) for rows in train[0].split(2)])
     torch.testing.assert_close(joined.scores, whole.scores)
     torch.testing.assert_close(joined.standard_errors, whole.standard_errors)
-    chosen = whole.select(torch.tensor([4, 0]).numpy()).negated()
+    chosen = whole.select(torch.tensor([4, 0]).numpy()).scaled(-1.0)
     torch.testing.assert_close(chosen.scores, -whole.scores[:, [4, 0]])
     torch.testing.assert_close(chosen.standard_errors, whole.standard_errors[:, [4, 0]])
 
@@ -113,9 +113,32 @@ def test_sums_of_groups_have_the_errors_of_sums() -> None:
     summed = torch.zeros(3, *train[0].shape[1:]).double().index_add_(0, groups, train[0])
     expected = score_bands(query[0], summed, ONES)
     first, second = (score_bands(query[0], train[0][rows], ONES) for rows in (slice(2), slice(2, 9)))
-    found = first.add_up(groups[:2], 2).padded(3) + second.add_up(groups[2:], 3)
+    found = first.add_up(groups[:2], 3) + second.add_up(groups[2:], 3)
     torch.testing.assert_close(found.scores, expected.scores)
     torch.testing.assert_close(found.standard_errors, expected.standard_errors)
+
+
+def test_the_mean_of_two_teachers_has_the_errors_of_draws_that_they_share() -> None:
+    query, train, _ = noisy_features(1, replicates=2, queries=2, train=5)
+    one = score_bands(query[0], train[0], ONES)
+    torch.testing.assert_close(mean([one, one]).standard_errors, one.standard_errors)  # not smaller by a root of two
+    assert (mean([one, one.scaled(-1.0)]).standard_errors == 0).all()
+    torch.testing.assert_close(mean([one, one.scaled(3.0)]).scores, 2 * one.scores)
+
+
+@pytest.mark.parametrize("replicates", [1, 2])
+def test_shares_sum_to_one_and_have_the_errors_of_a_ratio(replicates: int) -> None:
+    """Against a numeric derivative of the ratio along each deviation."""
+    query, train, _ = noisy_features(1, replicates=replicates, queries=2, train=6)
+    whole = score_bands(query[0], train[0], ONES)
+    kept = whole.positive()
+    assert (kept.scores == whole.scores.clamp(min=0)).all()
+    shares = kept.shares()
+    torch.testing.assert_close(shares.scores.sum(1), torch.ones(2).double())
+    for deviation, moved in zip(kept.deviations, shares.deviations, strict=True):
+        step = 1e-6 * deviation
+        up, down = ((kept.scores + s) / (kept.scores + s).sum(1, keepdim=True) for s in (step, -step))
+        torch.testing.assert_close(moved, (up - down) / 2e-6, rtol=1e-4, atol=1e-8)
 
 
 def test_thousands_of_groups() -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from carv_attrib.data.images import decode_image, printable, reason
-from carv_attrib.errors import BadImageError, DataError
+from carv_attrib.errors import ArgumentError, BadImageError, DataError
 
 if TYPE_CHECKING:
     import datasets
@@ -60,7 +60,7 @@ class ExampleDataset:
         self.source, self.columns, self._folder = source, dict(columns), folder
         self._image_column = str(columns["image"])
         image_feature = rows.features[self._image_column]
-        rows = rows.with_format(None)
+        self._rows = rows = rows.with_format(None)
         if isinstance(image_feature, datasets.Image):
             rows = rows.cast_column(self._image_column, datasets.Image(decode=False))
         self._cells = rows.select_columns([self._image_column])
@@ -79,6 +79,19 @@ class ExampleDataset:
     def key(self, row: int) -> str:
         """The printable name of a row: its file relative to the folder, or "row 17"."""
         return self._keys[row]
+
+    def column(self, name: str) -> list[str]:
+        """Return any column as texts: class names for numbers of classes, a list with commas, nothing as "".
+
+        Raises:
+            ArgumentError: if there is no such column, or it holds the images.
+        """
+        names = [column for column in self._rows.column_names if column != self._image_column]
+        if name not in names:
+            raise ArgumentError(f"there must be a column {name} in {self.source}, it has {', '.join(names) or 'none'}.")
+        values = _read_column(self._rows, name) or []
+        classes = getattr(self._rows.features[name], "names", None)
+        return [_text(classes[value] if classes and value is not None and value >= 0 else value) for value in values]
 
     def load(self, row: int) -> Example:
         """Decode one row.
@@ -147,6 +160,12 @@ def _read_column(rows: datasets.Dataset, name: str | None) -> list[Any] | None:
         return None
     values: list[Any] = rows.select_columns([name]).with_format("arrow")[:].column(0).to_pylist()
     return values
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    return ", ".join(map(_text, value)) if isinstance(value, list) else str(value)
 
 
 def _cell_paths(cells: datasets.Dataset, column: str) -> list[str | None]:

@@ -52,6 +52,18 @@ def format_error(standard_error: float | None) -> str:
     return f"± {format_number(standard_error, 2)}" if is_known(standard_error) else "± n/a"
 
 
+def format_share(share: float | None, standard_error: float | None) -> str:
+    """Return a share with its standard error, in percent, or `n/a` where there is none.
+
+    >>> format_share(0.123, 0.0245), format_share(1.0, None), format_share(None, None)
+    ('12.3 % ± 2.5 %', '100.0 % ± n/a', 'n/a')
+    """
+    if not is_known(share):
+        return "n/a"
+    error = f"{standard_error:.1%}".replace("%", " %") if is_known(standard_error) else "n/a"
+    return f"{share:.1%} ± {error}".replace("% ±", " % ±")
+
+
 def format_value(value: str | int | float) -> str:
     """Return a setting or a cost as a person would write it; floats to six significant digits.
 

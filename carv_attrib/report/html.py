@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from PIL import Image, UnidentifiedImageError
 
 from carv_attrib.errors import ArgumentError, CarvError
-from carv_attrib.report.formatting import format_error, format_number, format_value, is_known, visible
+from carv_attrib.report.formatting import format_error, format_number, format_share, format_value, is_known, visible
 from carv_attrib.report.result import GroupScore, Match, QueryResult
 
 if TYPE_CHECKING:
@@ -195,7 +195,9 @@ def _table(values: Mapping[str, str | int | float]) -> dict[str, str]:
 
 
 def _group(group: GroupScore) -> str:
-    return f"{format_number(group.score)} {format_error(group.standard_error)} ({group.num_examples} examples)"
+    share = format_share(group.share, group.share_standard_error)
+    score = f"{format_number(group.score)} {format_error(group.standard_error)}"
+    return f"{share} of positive scores; sum {score} ({group.num_examples} examples)"
 
 
 def _certainty(matches: tuple[Match, ...]) -> str:

@@ -73,12 +73,16 @@ class GroupScore:
     """The sum of the scores of some training examples.
 
     Attributes:
-        name: What they have in common: a label, a caption or a folder.
+        name: What they have in common: a label, a caption, a folder, or a value of a column.
         num_examples: How many they are.
         score: Sum of their scores.
         standard_error: Monte-Carlo standard error of the sum over the noise draws, or None.
         low: Lower end of the 90 % interval, or None.
         high: Upper end of it.
+        share: Sum of the positive ones of their scores, over that of all training examples; None if none is positive.
+        share_standard_error: Monte-Carlo standard error of the share, or None.
+        share_low: Lower end of its 90 % interval, or None.
+        share_high: Upper end of it.
     """
 
     name: str
@@ -87,6 +91,10 @@ class GroupScore:
     standard_error: float | None
     low: float | None
     high: float | None
+    share: float | None
+    share_standard_error: float | None
+    share_low: float | None
+    share_high: float | None
 
 
 @dataclass(frozen=True)

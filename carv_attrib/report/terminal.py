@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from carv_attrib.report.formatting import format_error, format_number, format_value, is_known, visible
+from carv_attrib.report.formatting import format_error, format_number, format_share, format_value, is_known, visible
 from carv_attrib.report.result import GroupScore, Match, QueryResult
 
 if TYPE_CHECKING:
@@ -75,11 +75,16 @@ def _group_table(groups: tuple[GroupScore, ...]) -> rich.table.Table:
     from rich.text import Text
 
     table = Table(title=Text("Groups", "bold"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("sum of scores ± SE", "examples", "group"):
+    for name in ("share ± SE", "sum of scores ± SE", "examples", "group"):
         table.add_column(name, overflow="fold")
     for group in groups[:_MAX_GROUPS]:
         score = f"{format_number(group.score)} {format_error(group.standard_error)}"
-        table.add_row(score, str(group.num_examples), _shortened(group.name))
+        table.add_row(
+            format_share(group.share, group.share_standard_error),
+            score,
+            str(group.num_examples),
+            _shortened(group.name),
+        )
     return table
 
 

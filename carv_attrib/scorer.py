@@ -1,0 +1,270 @@
+"""One index with its teacher: what a query needs of it to be scored (`docs/method.md`, eq. (9) and (11))."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from PIL import Image
+from torch import Tensor
+
+from carv_attrib.data import ExampleDataset, to_pixels
+from carv_attrib.errors import ArgumentError, StoreError
+from carv_attrib.estimator import Encoded, Estimator, average_bands, check_finite
+from carv_attrib.index import FeatureIndex, read_index_settings
+from carv_attrib.kernel import Damping, Kernel, KernelKind, ScoreKind, fit_kernel, load_kernel
+from carv_attrib.manifest import restore_estimator
+from carv_attrib.refinement import Refinement, choose_references, encode_examples, fresh_draws, reopen_dataset
+from carv_attrib.scores import BandScores, score_bands
+from carv_attrib.store import FeatureStore
+from carv_attrib.teacher import Teacher
+from carv_attrib.teachers import load_teacher
+
+if TYPE_CHECKING:
+    import datasets
+
+
+class Choice(NamedTuple):
+    """What kind of score is asked for."""
+
+    score: ScoreKind
+    kernel: KernelKind
+    damping: Damping
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Pictures that are asked about, after the expensive upstream work.
+
+    Attributes:
+        pixels: in [-1, 1].
+        ids: negative ids, unlike any example's.
+        encoded: latents and conditions.
+    """
+
+    pixels: Float[Tensor, "queries channels height width"]
+    ids: list[int]
+    encoded: Encoded
+
+
+class Scorer:
+    """An index and its teacher, which is loaded with the first query."""
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        teacher: Teacher | str | Path,
+        device: str,
+        dataset: str | Path | datasets.Dataset,
+    ) -> None:
+        self.store = store
+        self.settings = read_index_settings(store)
+        self._teacher = teacher
+        self._device = device
+        self._dataset = dataset
+        self._kernels: dict[KernelKind, Kernel] = {}
+        self._indexes: dict[Choice, FeatureIndex] = {}
+        self._encoded_references: Encoded | None = None
+        self._references: dict[int, Tensor] = {}
+
+    @cached_property
+    def estimator(self) -> Estimator:
+        """The estimator of the index, with its teacher; a network call is about one picture, however many are asked.
+
+        Raises:
+            TeacherError: if the teacher cannot be loaded.
+            StoreMismatchError: if it is not the one that made the index.
+        """
+        manifest, teacher = self.store.manifest, self._teacher
+        if isinstance(teacher, str | Path):
+            teacher = load_teacher(teacher, device=self._device, dtype=manifest["config"]["dtype"])
+        one_picture = min(manifest["micro_batch"], manifest["draws_per_example"])
+        return restore_estimator(teacher, manifest, micro_batch=one_picture)
+
+    @cached_property
+    def examples(self) -> ExampleDataset:
+        """The training examples, read again from the data set.
+
+        Raises:
+            DataError: if it cannot be read.
+            StoreMismatchError: if it is another.
+        """
+        return reopen_dataset(self._dataset, self.store.manifest)
+
+    def kernel(self, kind: KernelKind) -> Kernel:
+        """Return the stored kernel, or fit one of the other kind.
+
+        Raises:
+            StoreError: if the folder was indexed again.
+        """
+        if kind not in self._kernels:
+            stored = kind == self.settings.kernel
+            file = self.store.path / "kernel.safetensors"
+            self._kernels[kind] = load_kernel(file) if stored else fit_kernel(self.store, kind)
+        if self._kernels[kind].kind != kind:
+            raise StoreError(f"{self.store.path} was indexed again after it was opened; open it again.")
+        return self._kernels[kind]
+
+    def encode(
+        self,
+        pictures: Sequence[Image.Image],
+        labels: Sequence[int] | None = None,
+        prompts: Sequence[str] | None = None,
+        mask: Image.Image | None = None,
+    ) -> Queries:
+        """Return pictures after the expensive upstream work; with a mask, about its white part.
+
+        Raises:
+            ArgumentError: for labels or prompts that do not fit the teacher, or a mask of which nothing is white.
+        """
+        spec = self.estimator.teacher.pixel_spec
+        pixels = torch.stack([to_pixels(picture, spec) for picture in pictures])
+        ids = [_query_id(row) for row in pixels]
+        encoded = self.estimator.encode(pixels, labels, prompts, ids)
+        if mask is not None:
+            weights = self.estimator.mask(to_pixels(mask, replace(spec, channels=1))[None], ids)
+            if not weights.sum((2, 3)).all():
+                raise ArgumentError(
+                    "`mask` must be white where the image is asked about, it is all black in the part of it that the "
+                    "teacher sees; paint that part white."
+                )
+            encoded = replace(encoded, mask=weights)
+        return Queries(pixels, ids, encoded)
+
+    def features(self, queries: Queries) -> Float[Tensor, "queries bands replicates proj_dim"]:
+        """Return the banded features of queries, of the draws of the index."""
+        draws = self.estimator.draws(queries.ids)
+        features = self.estimator.features(queries.encoded, draws)
+        check_finite(features, [f"query {i}" for i in range(len(queries.ids))])
+        return average_bands(features, draws, self.estimator.config)
+
+    def window(self, timesteps: tuple[int, int] | None, choice: Choice) -> slice:
+        """Return which bands lie in a window of timesteps: bands are equal shares of them.
+
+        Raises:
+            ArgumentError: if there is none, or bands are not kept apart.
+        """
+        if timesteps is None:
+            return slice(None)
+        config = self.estimator.config
+        if choice.kernel != "draws" or choice.score.endswith("cosine"):
+            raise ArgumentError(
+                f"`timesteps` needs `kernel` draws and no cosine, got {choice.kernel} and {choice.score}; change those."
+            )
+        if config.every_draw_a_band and config.proposal != "uniform":
+            raise ArgumentError(
+                f"`timesteps` needs bands of equal shares of timesteps, this index has a draw of `proposal` "
+                f"{config.proposal} in each; featurize with fewer `num_bands`."
+            )
+        edges = np.linspace(0, self.estimator.teacher.noise_schedule.num_timesteps, config.num_bands + 1)
+        inside = np.flatnonzero((edges[:-1] >= timesteps[0]) & (edges[1:] <= timesteps[1]))
+        if len(inside) == 0:
+            raise ArgumentError(
+                f"`timesteps` must hold a whole band of this index, got {timesteps[0]}:{timesteps[1]}; bands begin and "
+                f"end at {', '.join(f'{edge:g}' for edge in edges)}. Take those, or featurize with more `num_bands`."
+            )
+        return slice(int(inside[0]), int(inside[-1]) + 1)
+
+    def candidates(
+        self, query: Tensor, choice: Choice, number: int, window: slice, *, opponents: bool
+    ) -> Int64[np.ndarray, " candidates"]:
+        """Return the positions in the store of the examples with the largest (and the smallest) scores, increasing."""
+        windowed = torch.zeros_like(query)
+        windowed[:, window] = query[:, window]
+        banded, index = self.kernel(choice.kernel).banded(windowed), self._index(choice)
+        found = [
+            index.search(sign * banded, score=choice.score, damping=choice.damping, top_k=number)[0]
+            for sign in ((1, -1) if opponents else (1,))
+        ]
+        return np.unique(np.concatenate(found))
+
+    def score(self, query: Tensor, train: Tensor, choice: Choice, kernel: Kernel | None = None) -> BandScores:
+        """Return the scores of banded features, with the kernel of the index unless another is given."""
+        kernel = kernel or self.kernel(choice.kernel)
+        return score_bands(
+            kernel.banded(query),
+            kernel.banded(train),
+            kernel.inverse(choice.score, choice.damping),
+            normalise=choice.score.endswith("cosine"),
+            independent=self.store.manifest["config"]["scheme"] != "iid",  # sorted iid draws have no independent halves
+        )
+
+    def part_scores(self, query: Tensor, choice: Choice, window: slice = slice(None)) -> Iterator[BandScores]:
+        """Yield the scores of all examples of each part, in the order of the store."""
+        for part in self.store.parts:
+            yield self.score(query[:, window], self.store.read_part(part).features[:, window], choice)
+
+    def candidate_scores(
+        self, query: Tensor, positions: Int64[np.ndarray, " candidates"], choice: Choice, window: slice
+    ) -> BandScores:
+        """Return the scores of the examples at some positions in the store."""
+        return self.score(query[:, window], self.store.read_features(positions.tolist())[:, window], choice)
+
+    def refined_scores(
+        self,
+        asked: Queries,
+        query: Tensor,
+        positions: Int64[np.ndarray, " candidates"],
+        choice: Choice,
+        window: slice,
+        refinement: Refinement,
+    ) -> tuple[BandScores, int]:
+        """Return scores with more draws of a query and of candidates, and the network evaluations that they took.
+
+        The draws are the same for the query, the candidates and the references, whose draws the kernel is made of.
+        """
+        ids = self.store.ids[positions].tolist()
+        estimator = replace(self.estimator, micro_batch=self.store.manifest["micro_batch"])
+        preconditioned = choice.score.startswith("preconditioned")
+        encoded = encode_examples(estimator, self.examples, ids)
+        query, train = query[:, window], self.store.read_features(positions.tolist())[:, window]
+        kernel, vectors, evaluations = self.kernel(choice.kernel), [], 0
+        rounds = refinement.max_draws // estimator.config.num_draws - 1
+        for number in range(rounds):
+            query = torch.cat([query, fresh_draws(estimator, asked.encoded, asked.ids, number)[0][:, window]], dim=2)
+            train = torch.cat([train, fresh_draws(estimator, encoded, ids, number)[0][:, window]], dim=2)
+            evaluations += estimator.config.draws_per_example * (1 + len(ids))
+            if preconditioned:
+                evaluations += self._draw_references(estimator, number)
+                vectors.append(self._references[number])
+            if not refinement.target_se and number < rounds - 1:
+                continue
+            if preconditioned:
+                kernel = self.kernel(choice.kernel).refined(torch.cat(vectors, dim=1).double())
+            found = self.score(query, train, choice, kernel)
+            if refinement.is_enough(found):
+                break
+        return found, evaluations
+
+    def _index(self, choice: Choice) -> FeatureIndex:
+        """Return the stored index if it serves, else one built in memory for this score."""
+        kernel = self.kernel(choice.kernel)
+        if self.settings.serves(*choice):
+            choice = Choice(self.settings.score, self.settings.kernel, self.settings.damping)
+            if choice not in self._indexes:
+                self._indexes[choice] = FeatureIndex.load(self.store, kernel)
+        elif choice not in self._indexes:
+            self._indexes[choice] = FeatureIndex.build(self.store, kernel, score=choice.score, damping=choice.damping)
+        return self._indexes[choice]
+
+    def _draw_references(self, estimator: Estimator, number: int) -> int:
+        """Keep the draws of a round of the references, the same for all queries; return the evaluations it took."""
+        if number in self._references:
+            return 0
+        ids = choose_references(self.store)
+        if self._encoded_references is None:
+            self._encoded_references = encode_examples(estimator, self.examples, ids)
+        _, self._references[number] = fresh_draws(estimator, self._encoded_references, ids, number)
+        return estimator.config.draws_per_example * len(ids)
+
+
+def _query_id(pixels: Tensor) -> int:
+    """Return a negative id, unlike any example's, from a picture's content: never from its place in a batch."""
+    return -1 - int.from_bytes(hashlib.sha256(pixels.numpy().tobytes()).digest()[:7], "little")
