@@ -138,7 +138,7 @@ class Attributor:
             mask: a grey picture or its path, white where the image is asked about: which examples made that part. It
                 is fitted to the teacher as the image is.
             score: preconditioned (default), dot, cosine or preconditioned-cosine; None: what the index was built for.
-            kernel: over draws (default) or means; None: what the index was built for.
+            kernel: bands (default) or means; None: what the index was built for.
             damping: lambda, relative to the mean eigenvalue, or auto; None: what the index was built for.
 
         Raises:

@@ -9,11 +9,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from carv_attrib.config import EstimatorConfig
 from carv_attrib.data import Example, ExampleDataset, thumbnail, to_pixels
 from carv_attrib.errors import BadImageError, DataError
 from carv_attrib.estimator import Encoded, Estimator
-from carv_attrib.seeding import choose_positions, stream_key
 from carv_attrib.store import Record
 from carv_attrib.teacher import Teacher
 
@@ -49,12 +47,6 @@ def check_columns(teacher: Teacher, examples: ExampleDataset) -> None:
         raise DataError(f"the teacher needs class labels, but {examples.source} has none; name a `label_column`.")
     if teacher.condition_kind == "prompt" and not examples.has_captions:
         raise DataError(f"the teacher needs captions, but {examples.source} has none; name a `caption_column`.")
-
-
-def choose_kernel_ids(examples: ExampleDataset, config: EstimatorConfig) -> Int64[Tensor, " kernel"]:
-    """Return the ids of the examples that feed the kernel over draws, chosen by a hash of their ids."""
-    ids = torch.from_numpy(examples.ids)
-    return ids[choose_positions(stream_key(config.seed, "kernel"), ids, config.kernel_examples)]
 
 
 def read_batch(examples: ExampleDataset, rows: Sequence[int], teacher: Teacher, *, skip_bad: bool) -> Batch:

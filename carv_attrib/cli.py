@@ -163,7 +163,7 @@ def plan(config: Path | None, plot: Path | None, as_json: bool, **flags: Any) ->
 
 @main.command()
 @INDEX
-@score_options("preconditioned", "draws", "auto")
+@score_options("preconditioned", "bands", "auto")
 def index(index: Path, **choices: Any) -> None:
     """Fit the kernel of INDEX and build its search index, for one score."""
     from carv_attrib.ensemble import member_folders

@@ -62,7 +62,6 @@ class EstimatorConfig:
         num_encodings: R, random encodings of each example that its features average over.
         encoding: the posterior mode, or a sample of the posterior.
         augmentation: a random flip or crop before each encoding.
-        kernel_examples: how many examples keep every draw, for the kernel over draws.
         seed: of draws, projection and pilot.
     """
 
@@ -76,14 +75,12 @@ class EstimatorConfig:
     num_encodings: int = 1
     encoding: Encoding = "mode"
     augmentation: Augmentation = "none"
-    kernel_examples: int = 1000
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_at_least("num_draws", self.num_draws, 1)
         check_at_least("num_bands", self.num_bands, 1)
         check_at_least("num_encodings", self.num_encodings, 1)
-        check_at_least("kernel_examples", self.kernel_examples, 1)
         check_at_least("seed", self.seed, 0)
         check_choice("scheme", self.scheme, Scheme)
         check_choice("proposal", self.proposal, ProposalKind)

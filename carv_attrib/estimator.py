@@ -354,7 +354,7 @@ def average_bands(
     """
     batch, _, proj_dim = draw_features.shape
     if config.every_draw_a_band:
-        features = kernel_vectors(draw_features, draws)
+        features = root_weighted(draw_features, draws)
         return features.view(batch, config.num_encodings, config.num_draws, 1, proj_dim).mean(1)
     features = draw_features.view(batch, config.num_encodings, config.num_draws, proj_dim)
     shape = (batch, config.num_encodings, -1, config.num_replicates, pair_size(config.scheme), proj_dim)
@@ -366,13 +366,13 @@ def average_bands(
     return torch.stack(means, dim=1)
 
 
-def kernel_vectors(
+def root_weighted(
     draw_features: Float[Tensor, "batch draws proj_dim"], draws: Draws
 ) -> Float[Tensor, "batch draws proj_dim"]:
-    """Return vectors whose mean outer product is that of eq. (9) under p, whatever the proposal.
+    """Return vectors whose products, draw by draw, are those of a mean under p, whatever the proposal.
 
-    A feature holds p/q once and its outer product twice; dividing by its root leaves p/q, which is what makes a mean
-    over draws from q one under p.
+    A feature holds p/q once and a product of two features twice; dividing by its root leaves p/q, which is what makes a
+    mean over draws from q one under p.
     """
     return draw_features / draws.weights.sqrt().float().unsqueeze(-1)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
@@ -66,7 +66,7 @@ class FeatureIndex:
         import faiss
 
         settings = IndexSettings(score, kernel.kind, damping, store.digest())
-        bands = store.manifest["config"]["num_bands"] if kernel.kind == "draws" else 1
+        bands = store.manifest["config"]["num_bands"] if kernel.kind == "bands" else 1
         index = FeatureIndex(settings, kernel, faiss.IndexFlatIP(bands * len(kernel.eigenvalues)))
         for part in store.parts:
             index._faiss.add(index._whiten(kernel.banded(store.read_part(part).features.mean(2, keepdim=True))))
@@ -161,6 +161,8 @@ def read_index_settings(store: FeatureStore, *, read_all: bool = False) -> Index
     try:
         content = json.loads(path.read_text())
         sizes, checksums = content.pop("bytes"), content.pop("sha256")
+        if content["kernel"] not in get_args(KernelKind):
+            raise StoreError(f"the index in {store.path} has a kernel of an older version; {way_out}.")
         settings = IndexSettings(**content)
         for name in FILES:
             file = store.path / name

@@ -19,7 +19,7 @@ from carv_attrib.config import FeaturizeConfig, check_choice
 from carv_attrib.errors import ArgumentError, StoreCorruptError, StoreError
 from carv_attrib.store import FeatureStore, atomic_file
 
-KernelKind = Literal["draws", "means"]
+KernelKind = Literal["bands", "means"]
 ScoreKind = Literal["preconditioned", "dot", "cosine", "preconditioned-cosine"]
 
 Damping = float | Literal["auto"]
@@ -34,8 +34,8 @@ class Kernel:
     """The eigendecomposition of H, and whether scores keep bands apart.
 
     Attributes:
-        kind: `draws`: H is a mean over examples and draws, and bands are kept; `means`: H is a mean over examples of
-            draw-averaged features (TRAK's Phi^T Phi), which are also what is scored.
+        kind: `bands`: H is a mean over examples, bands and their replicates, and bands are kept; `means`: H is a mean
+            over examples of draw-averaged features (TRAK's Phi^T Phi), which are also what is scored.
         eigenvalues: of H, increasing, not negative.
         eigenvectors: in columns.
         num_vectors: how many vectors H is the mean of.
@@ -53,9 +53,9 @@ class Kernel:
     ) -> Float64[Tensor, "*examples kept_bands replicates d"]:
         """Return the features that this kernel scores, in its eigenbasis: bands, or their mean as one band."""
         rotated = features.double() @ self.eigenvectors
-        return rotated if self.kind == "draws" else rotated.mean(-3, keepdim=True)
+        return rotated if self.kind == "bands" else rotated.mean(-3, keepdim=True)
 
-    def refined(self, vectors: Float64[Tensor, "examples draws d"]) -> Kernel:
+    def refined(self, vectors: Float64[Tensor, "examples vectors d"]) -> Kernel:
         """Return the kernel of scores that have other draws than this one's, from those draws of a few examples.
 
         Gradients are whitened well only by an H that has seen the same draws; of few examples it is noisy. So H is the
@@ -101,7 +101,7 @@ class Kernel:
             save_file(tensors, temporary, metadata={"kernel": about})
 
 
-def fit_kernel(store: FeatureStore, kind: KernelKind = "draws") -> Kernel:
+def fit_kernel(store: FeatureStore, kind: KernelKind = "bands") -> Kernel:
     """Return the kernel of a store: one pass in O(d^2) memory, one eigendecomposition in float64.
 
     Raises:
@@ -113,11 +113,11 @@ def fit_kernel(store: FeatureStore, kind: KernelKind = "draws") -> Kernel:
     if kind == "means" and config.every_draw_a_band and config.proposal != "uniform":
         raise ArgumentError(
             "`kernel` means needs means over draws, but this index keeps every draw with the root of its weight; "
-            "use `kernel` draws, or featurize with fewer `num_bands`."
+            "use `kernel` bands, or featurize with fewer `num_bands`."
         )
     gram: Tensor = torch.zeros(())
     num_examples, num_vectors, squares = 0, 0, 0.0
-    for vectors in _draws(store) if kind == "draws" else _means(store):
+    for vectors in _replicates(store) if kind == "bands" else _means(store):
         flat = vectors.flatten(0, 1)
         gram = gram + flat.T @ flat
         num_examples, num_vectors = num_examples + len(vectors), num_vectors + len(flat)
@@ -128,7 +128,7 @@ def fit_kernel(store: FeatureStore, kind: KernelKind = "draws") -> Kernel:
 
 
 def decompose(
-    gram: Float64[Tensor, "d d"], num_vectors: int, kind: KernelKind = "draws", auto_damping: float = DEFAULT_DAMPING
+    gram: Float64[Tensor, "d d"], num_vectors: int, kind: KernelKind = "bands", auto_damping: float = DEFAULT_DAMPING
 ) -> Kernel:
     """Return the kernel whose H is `gram / num_vectors`, a mean of outer products."""
     with _one_thread():
@@ -139,11 +139,11 @@ def decompose(
 def choose_damping(hessian: Float64[Tensor, "d d"], mean_square: float, num_examples: int) -> float:
     """Return the damping whose `H + lambda I` has the shape of the best estimate of H's expectation (eq. (9')).
 
-    H is the mean over n examples of `M_i`, the mean outer product of an example's draws. Of all
+    H is the mean over n examples of `M_i`, the mean outer product of an example's vectors. Of all
     `(1 - rho) H + rho mu I`, with mu the mean eigenvalue, the one nearest to H's expectation has
     `rho = sum of the variances of H's entries / ||H - mu I||^2` (Ledoit and Wolf 2004, for a mean that is known to be
-    zero, over examples and not over draws, which are not independent). The order of scores does not depend on the
-    scale, which leaves `lambda = rho / (1 - rho)` times mu.
+    zero, over examples and not over their vectors, which are not independent). The order of scores does not depend on
+    the scale, which leaves `lambda = rho / (1 - rho)` times mu.
 
     Args:
         hessian: H.
@@ -168,10 +168,10 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _draws(store: FeatureStore) -> Iterable[Float64[Tensor, "examples draws d"]]:
-    """Yield every kept draw of the examples that feed the kernel, in the order of the store."""
+def _replicates(store: FeatureStore) -> Iterable[Float64[Tensor, "examples vectors d"]]:
+    """Yield the replicates of all bands of all examples."""
     for part in store.parts:
-        yield store.read_part(part).kernel_draws.double()
+        yield store.read_part(part).features.double().flatten(1, 2)
 
 
 def _means(store: FeatureStore) -> Iterable[Float64[Tensor, "examples one d"]]:

@@ -11,16 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from jaxtyping import Int64
 from safetensors import SafetensorError
-from torch import Tensor
 
-from carv_attrib.batches import check_columns, choose_kernel_ids
+from carv_attrib.batches import check_columns
 from carv_attrib.config import ExecutionConfig, FeaturizeConfig, check_choice
 from carv_attrib.data import ExampleDataset, open_dataset
 from carv_attrib.errors import StoreError
-from carv_attrib.estimator import Estimator, average_bands, check_finite, kernel_vectors
+from carv_attrib.estimator import Estimator, average_bands, check_finite
 from carv_attrib.index import FeatureIndex, read_index_settings
 from carv_attrib.kernel import Damping, KernelKind, ScoreKind, fit_kernel
 from carv_attrib.latents import EncodedBatch, LatentCache, encoded_parts
@@ -89,7 +86,6 @@ def write_parts(
     store: FeatureStore, estimator: Estimator, examples: ExampleDataset, execution: ExecutionConfig
 ) -> None:
     """Compute and write every part that is missing."""
-    kernel_ids = choose_kernel_ids(examples, estimator.config)
     folder, part_size = execution.latent_cache, store.manifest["config"]["part_size"]
     cache = LatentCache.open(folder, estimator, examples, part_size) if folder else None
     parts = {part: store.part_rows(part) for part in store.missing_parts()}
@@ -100,13 +96,12 @@ def write_parts(
         closing(encoded_parts(estimator, examples, parts, execution, cache)) as encoded,
     ):
         for part, batches in encoded:
-            write_part(part, *featurize_part(estimator, batches, kernel_ids, advance))
+            write_part(part, *featurize_part(estimator, batches, advance))
 
 
 def featurize_part(
     estimator: Estimator,
     batches: Iterable[EncodedBatch],
-    kernel_ids: Int64[Tensor, " kernel"],
     advance: Callable[[int], None],
 ) -> tuple[PartFeatures | None, list[Record]]:
     """Return the features and the records of the batches of one part."""
@@ -117,9 +112,7 @@ def featurize_part(
             features = estimator.features(batch.encoded, draws)  # cheap, many: (batch, draws, proj_dim)
             check_finite(features, batch.keys)
             bands = average_bands(features, draws, estimator.config)  # (batch, bands, replicates, proj_dim)
-            keep = torch.isin(batch.ids, kernel_ids)
-            vectors = kernel_vectors(features, draws)[keep]  # (kernel, draws, proj_dim)
-            pieces.append(PartFeatures(batch.ids, bands, batch.ids[keep], vectors))
+            pieces.append(PartFeatures(batch.ids, bands))
         records += batch.records
         advance(len(batch.records))
     return concatenate(pieces), records
@@ -137,7 +130,7 @@ def build_index(
     store: FeatureStore,
     *,
     score: ScoreKind = "preconditioned",
-    kernel: KernelKind = "draws",
+    kernel: KernelKind = "bands",
     damping: Damping = "auto",
 ) -> FeatureIndex:
     """Fit the kernel of a store, build its FAISS index for one score, and write both.

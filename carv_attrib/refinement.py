@@ -15,7 +15,7 @@ from carv_attrib.batches import encode_batch, read_batch
 from carv_attrib.config import DataConfig, FeaturizeConfig, check_at_least
 from carv_attrib.data import ExampleDataset, open_dataset
 from carv_attrib.errors import ArgumentError, StoreMismatchError
-from carv_attrib.estimator import Encoded, Estimator, average_bands, check_finite, kernel_vectors
+from carv_attrib.estimator import Encoded, Estimator, average_bands, check_finite
 from carv_attrib.kernel import KernelKind
 from carv_attrib.scores import BandScores
 from carv_attrib.seeding import choose_positions, stream_key
@@ -57,8 +57,8 @@ class Refinement:
             raise ArgumentError(
                 f"`target_se` must be a positive number, got {self.target_se}; it has the score's unit."
             )
-        if kernel != "draws":
-            raise ArgumentError(f"`refine` needs `kernel` draws, got {kernel}; give the first.")
+        if kernel != "bands":
+            raise ArgumentError(f"`refine` needs `kernel` bands, got {kernel}; give the first.")
         if config.every_draw_a_band and config.proposal != "uniform":
             raise ArgumentError(
                 "`refine` needs means over draws, but this index keeps every draw with the root of its weight; "
@@ -114,8 +114,8 @@ def choose_references(store: FeatureStore) -> list[int]:
 
 def fresh_draws(
     estimator: Estimator, encoded: Encoded, ids: Sequence[int], number: int
-) -> tuple[Float[Tensor, "batch bands replicates proj_dim"], Float[Tensor, "batch draws proj_dim"]]:
-    """Return banded features, and vectors for a kernel, of draws that are independent of the index's and other rounds'.
+) -> Float[Tensor, "batch bands replicates proj_dim"]:
+    """Return banded features of draws that are independent of the index's and other rounds'.
 
     Args:
         estimator: of the index.
@@ -132,4 +132,4 @@ def fresh_draws(
     draws = fresh.draws(ids)
     features = fresh.features(encoded, draws)
     check_finite(features, [f"number {i}" for i in ids])
-    return average_bands(features, draws, config), kernel_vectors(features, draws)
+    return average_bands(features, draws, config)

@@ -154,9 +154,9 @@ class Scorer:
         if timesteps is None:
             return slice(None)
         config = self.estimator.config
-        if choice.kernel != "draws" or choice.score.endswith("cosine"):
+        if choice.kernel != "bands" or choice.score.endswith("cosine"):
             raise ArgumentError(
-                f"`timesteps` needs `kernel` draws and no cosine, got {choice.kernel} and {choice.score}; change those."
+                f"`timesteps` needs `kernel` bands and no cosine, got {choice.kernel} and {choice.score}; change those."
             )
         if config.every_draw_a_band and config.proposal != "uniform":
             raise ArgumentError(
@@ -228,8 +228,8 @@ class Scorer:
         kernel, vectors, evaluations = self.kernel(choice.kernel), [], 0
         rounds = refinement.max_draws // estimator.config.num_draws - 1
         for number in range(rounds):
-            query = torch.cat([query, fresh_draws(estimator, asked.encoded, asked.ids, number)[0][:, window]], dim=2)
-            train = torch.cat([train, fresh_draws(estimator, encoded, ids, number)[0][:, window]], dim=2)
+            query = torch.cat([query, fresh_draws(estimator, asked.encoded, asked.ids, number)[:, window]], dim=2)
+            train = torch.cat([train, fresh_draws(estimator, encoded, ids, number)[:, window]], dim=2)
             evaluations += estimator.config.draws_per_example * (1 + len(ids))
             if preconditioned:
                 evaluations += self._draw_references(estimator, number)
@@ -261,7 +261,8 @@ class Scorer:
         ids = choose_references(self.store)
         if self._encoded_references is None:
             self._encoded_references = encode_examples(estimator, self.examples, ids)
-        _, self._references[number] = fresh_draws(estimator, self._encoded_references, ids, number)
+        features = fresh_draws(estimator, self._encoded_references, ids, number)
+        self._references[number] = features.flatten(1, 2)
         return estimator.config.draws_per_example * len(ids)
 
 

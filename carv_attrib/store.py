@@ -26,7 +26,7 @@ from torch import Tensor
 
 from carv_attrib.errors import StoreCorruptError, StoreError, StoreMismatchError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 ENSEMBLE_FILE = "ensemble.json"
 """Lists the folders of the stores of several teachers; it lies beside them."""
 
@@ -66,22 +66,17 @@ class PartFeatures:
     Attributes:
         ids: example ids.
         features: means over the draws of each half of each band.
-        kernel_ids: ids of the examples that feed the kernel over draws.
-        kernel_draws: their features, one for each draw.
     """
 
     ids: Int64[Tensor, " examples"]
     features: Float[Tensor, "examples bands replicates proj_dim"]
-    kernel_ids: Int64[Tensor, " kernel"]
-    kernel_draws: Float[Tensor, "kernel draws proj_dim"]
 
 
 def concatenate(pieces: Sequence[PartFeatures]) -> PartFeatures | None:
     """Return the features of several batches as one; None where there are none, every example being skipped."""
     if not pieces:
         return None
-    names = ("ids", "features", "kernel_ids", "kernel_draws")
-    return PartFeatures(*(torch.cat([getattr(piece, name) for piece in pieces]) for name in names))
+    return PartFeatures(*(torch.cat([getattr(piece, name) for piece in pieces]) for name in ("ids", "features")))
 
 
 class FeatureStore:
@@ -114,9 +109,11 @@ class FeatureStore:
             version = int(manifest["format_version"])
         except (OSError, ValueError, KeyError, TypeError) as err:
             raise StoreCorruptError(f"{file} is damaged: {err}.") from err
-        if version != FORMAT_VERSION:
+        if version == 3:  # it also has draws of some examples, for a kernel; they are not read
+            manifest["config"].pop("kernel_examples", None)
+        elif version != FORMAT_VERSION:
             raise StoreError(
-                f"{path} has format version {version}, this program reads {FORMAT_VERSION}; featurize again."
+                f"{path} has format version {version}, this program reads 3 and {FORMAT_VERSION}; featurize again."
             )
         return FeatureStore(path, manifest)
 
@@ -216,9 +213,8 @@ class FeatureStore:
         """
         float16 = self.manifest["config"]["feature_dtype"] == "float16"
         features = features if features is not None else self._empty_part()
-        tensors = {"ids": features.ids, "kernel_ids": features.kernel_ids}
-        for name, values in (("features", features.features), ("kernel_draws", features.kernel_draws)):
-            tensors[name], tensors[f"{name}_scale"] = _to_float16(values) if float16 else (values, torch.ones(()))
+        values, scale = _to_float16(features.features) if float16 else (features.features, torch.ones(()))
+        tensors = {"ids": features.ids, "features": values, "features_scale": scale}
         tensors = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}  # unshared
         try:
             write_records(self.examples_path(part), records)
@@ -241,12 +237,7 @@ class FeatureStore:
                 raise StoreCorruptError(
                     f"{self.features_path(part)} is damaged: its checksum does not match; delete it, featurize again."
                 )
-        return PartFeatures(
-            ids=tensors["ids"],
-            features=tensors["features"].float() * tensors["features_scale"],
-            kernel_ids=tensors["kernel_ids"],
-            kernel_draws=tensors["kernel_draws"].float() * tensors["kernel_draws_scale"],
-        )
+        return PartFeatures(tensors["ids"], tensors["features"].float() * tensors["features_scale"])
 
     @cached_property
     def parts(self) -> list[int]:
@@ -323,7 +314,7 @@ class FeatureStore:
         for part in self.parts:
             try:
                 features = self.read_part(part)
-                if not all(torch.isfinite(x).all() for x in (features.features, features.kernel_draws)):
+                if not torch.isfinite(features.features).all():
                     raise StoreCorruptError(f"{self.features_path(part)} holds NaN or infinity.")
                 good = [record.id for record in self.read_records(part) if record.error is None]
                 if good != features.ids.tolist():
@@ -333,25 +324,21 @@ class FeatureStore:
         return problems
 
     def _empty_part(self) -> PartFeatures:
-        config, proj_dim = self.manifest["config"], self.manifest["proj_dim"]
-        no_ids = torch.empty(0, dtype=torch.int64)
-        features = torch.empty(0, config["num_bands"], self.manifest["num_replicates"], proj_dim)
-        return PartFeatures(no_ids, features, no_ids, torch.empty(0, self.manifest["draws_per_example"], proj_dim))
+        return PartFeatures(torch.empty(0, dtype=torch.int64), torch.empty(0, *self._feature_shape))
+
+    @property
+    def _feature_shape(self) -> list[int]:
+        """Bands, replicates, dimensions."""
+        return [self.manifest["config"]["num_bands"], self.manifest["num_replicates"], self.manifest["proj_dim"]]
 
     @contextmanager
     def _open_part(self, part: int) -> Iterator[Any]:
         """Open a features file (memory-mapped) after a check of its shapes against the manifest."""
-        path, config = self.features_path(part), self.manifest["config"]
-        proj_dim = self.manifest["proj_dim"]
-        shape = [config["num_bands"], self.manifest["num_replicates"], proj_dim]
+        path, shape = self.features_path(part), self._feature_shape
         try:
             with safe_open(path, framework="pt") as file:
                 if file.get_slice("features").get_shape()[1:] != shape:
                     raise StoreCorruptError(f"{path} does not hold features of shape (examples, {str(shape)[1:-1]}).")
-                if file.get_slice("kernel_draws").get_shape()[1:] != [self.manifest["draws_per_example"], proj_dim]:
-                    raise StoreCorruptError(
-                        f"{path} does not hold {self.manifest['draws_per_example']} draws of {proj_dim} numbers."
-                    )
                 yield file
         except (OSError, SafetensorError) as err:
             raise StoreCorruptError(f"{path} is damaged: {err}; delete it and featurize again.") from err

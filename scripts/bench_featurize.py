@@ -710,7 +710,7 @@ STAGES = {
         "carv_attrib.estimator:Estimator.features",
         "carv_attrib.estimator:check_finite",
         "carv_attrib.estimator:average_bands",
-        "carv_attrib.estimator:kernel_vectors",
+        "carv_attrib.estimator:root_weighted",
         "carv_attrib.store:concatenate",
     ],
     "writing": ["carv_attrib.store:FeatureStore.write_part"],

@@ -55,7 +55,7 @@ class Ours:
     """
 
     settings: dict[str, Any]
-    kernel: KernelKind = "draws"
+    kernel: KernelKind = "bands"
     score: ScoreKind = "preconditioned"
 
     @property
@@ -90,7 +90,6 @@ def methods() -> dict[str, Method]:
     found |= {f"ours, 4 draws, rank {r}": Ours({"num_draws": 4, "rank": r}) for r in (4, 16)}
     for d in (2048, 4096):  # more than all layers have at rank 8
         found[f"ours, 4 draws, rank 16, {d} dims"] = Ours({"num_draws": 4, "rank": 16, "proj_dim": d})
-    found["ours, 4 draws, kernel of all"] = Ours({"num_draws": 4, "kernel_examples": 2000})
     found["ours, 4 draws, unprojected"] = WithoutProjection(4)
     found |= {f"TRAK, {k} draws": trak_recipe(k) for k in (4, 16, 64)}
     found |= {f"D-TRAK, {k} draws": dtrak_recipe(k) for k in (10, 100)}

@@ -31,7 +31,7 @@ from carv_attrib import load_teacher
 from carv_attrib.batches import encode_batch, read_batch
 from carv_attrib.config import EstimatorConfig, FeaturizeConfig
 from carv_attrib.data import open_dataset
-from carv_attrib.estimator import Encoded, Estimator, average_bands, build_estimator, kernel_vectors
+from carv_attrib.estimator import Encoded, Estimator, average_bands, build_estimator, root_weighted
 from carv_attrib.kernel import DEFAULT_DAMPING, decompose
 from carv_attrib.manifest import run_pilot
 from carv_attrib.memory import less_memory
@@ -66,7 +66,7 @@ def prepare(name: str, settings: dict[str, Any], profile: Any) -> tuple[Estimato
 
 def scores(features: Tensor, draws: Draws, config: EstimatorConfig) -> Tensor:
     """Return preconditioned scores (queries, train), kernel over the draws of the training digits."""
-    vectors = kernel_vectors(features[:-NUM_QUERIES], draws).double().flatten(0, 1)
+    vectors = root_weighted(features[:-NUM_QUERIES], draws).double().flatten(0, 1)
     kernel = decompose(vectors.T @ vectors, len(vectors))
     bands = kernel.banded(average_bands(features, draws, config))
     inverse = kernel.inverse("preconditioned", DEFAULT_DAMPING)

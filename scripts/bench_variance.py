@@ -46,9 +46,9 @@ from carv_attrib.estimator import (
     average_bands,
     binned_rms,
     build_estimator,
-    kernel_vectors,
     mean_square_products,
     measure_profile,
+    root_weighted,
 )
 from carv_attrib.kernel import DEFAULT_DAMPING, decompose
 from carv_attrib.sampling import Draws, Proposal, importance_proposal, pair_size, sample_draws, uniform_proposal
@@ -419,7 +419,7 @@ class Scores:
         for kind in kinds:
             vectors = self.bench.of_kind(kind, gradients, draws.expand(len(gradients)))
             if kind not in self.whiteners:  # from the first reference
-                self.whiteners[kind] = whitener(kernel_vectors(vectors, draws)[NUM_QUERIES:].double())
+                self.whiteners[kind] = whitener(root_weighted(vectors, draws)[NUM_QUERIES:].double())
             for bands in bands_of(scheme, num_draws, one_band=one_band, uniform=proposal == "uniform"):
                 count = num_draws if bands == "K" else int(bands)
                 config = EstimatorConfig(num_draws=num_draws, num_bands=count, scheme=scheme)

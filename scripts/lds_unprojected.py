@@ -24,7 +24,7 @@ import torch
 from lds_inputs import DAMPINGS, Inputs, index, kept, take
 from torch import Tensor
 
-from carv_attrib.estimator import Encoded, Estimator, check_finite, kernel_vectors
+from carv_attrib.estimator import Encoded, Estimator, check_finite, root_weighted
 from carv_attrib.manifest import restore_estimator
 from carv_attrib.projection import Layer, weight_gradient
 from carv_attrib.store import atomic_file
@@ -102,7 +102,7 @@ def draw_gradients(estimator: Estimator, encoded: Encoded, ids: Sequence[int], l
         draws = estimator.draws(ids[rows])
         values = estimator.features(take(encoded, rows), draws)
         check_finite(values, [str(id_) for id_ in ids[rows]])
-        gradients[start * num_draws : rows.stop * num_draws] = kernel_vectors(values, draws).flatten(0, 1)
+        gradients[start * num_draws : rows.stop * num_draws] = root_weighted(values, draws).flatten(0, 1)
     return gradients
 
 

@@ -280,7 +280,6 @@ SETTINGS = {
     "rank": 3,
     "part_size": 8,
     "micro_batch": 16,
-    "kernel_examples": 12,
     "device": "cpu",
 }
 """Settings for tiny indexes: 3 parts of at most 8 examples."""

@@ -75,7 +75,7 @@ def test_a_query_returns_what_the_matrix_of_scores_says(
     assert (errors > 0).all()
 
 
-@pytest.mark.parametrize("kernel", ["draws", "means"])
+@pytest.mark.parametrize("kernel", ["bands", "means"])
 @pytest.mark.parametrize("score", ["preconditioned", "dot", "cosine", "preconditioned-cosine"])
 @pytest.mark.parametrize("damping", [0.03, 3.0])
 def test_every_score_can_be_asked_of_one_index(
@@ -313,8 +313,8 @@ def test_a_window_of_timesteps_scores_its_bands_only(
     ("question", "message"),
     [
         ({"timesteps": (0, 20)}, r"`timesteps` must hold a whole band .* got 0:20; bands begin and end at 0, 50, 100"),
-        ({"timesteps": (0, 50), "kernel": "means"}, "`timesteps` needs `kernel` draws and no cosine, got means"),
-        ({"timesteps": (0, 50), "score": "cosine"}, "`timesteps` needs `kernel` draws and no cosine, got draws and co"),
+        ({"timesteps": (0, 50), "kernel": "means"}, "`timesteps` needs `kernel` bands and no cosine, got means"),
+        ({"timesteps": (0, 50), "score": "cosine"}, "`timesteps` needs `kernel` bands and no cosine, got bands and co"),
         ({"group_by": "artist"}, "there must be a column artist in .*, it has label"),
     ],
 )
@@ -447,18 +447,16 @@ def test_refinement_asks_about_the_same_part(pixel_attributor: Attributor) -> No
     asked = scorer.encode([picture])
     masked = [scorer.encode([picture], mask=half((8, 8), side)) for side in ("left", "right")]
     plain, left, right = (
-        fresh_draws(attributor.estimator, queries.encoded, asked.ids, 0)[0] for queries in (asked, *masked)
+        fresh_draws(attributor.estimator, queries.encoded, asked.ids, 0) for queries in (asked, *masked)
     )
     torch.testing.assert_close((left + right) / 2, plain, rtol=1e-3, atol=1e-5 * float(plain.abs().max()))
     assert (left - plain).norm() > 0.3 * plain.norm()
     result = attributor.query(picture, mask=left_half, top_k=40, refine=40, max_draws=16, score="dot")
     ids = result.ids.tolist()
     encoded = encode_examples(attributor.estimator, scorer.examples, ids)
-    train = torch.cat(
-        [attributor.store.read_features(ids), fresh_draws(attributor.estimator, encoded, ids, 0)[0]], dim=2
-    )
+    train = torch.cat([attributor.store.read_features(ids), fresh_draws(attributor.estimator, encoded, ids, 0)], dim=2)
     query = torch.cat([scorer.features(masked[0]), left], dim=2)
-    expected = scorer.score(query, train, Choice("dot", "draws", 0.1)).scores[0]
+    expected = scorer.score(query, train, Choice("dot", "bands", 0.1)).scores[0]
     np.testing.assert_allclose(result.scores, expected.numpy(), rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 

@@ -20,8 +20,8 @@ from carv_attrib.estimator import (
     GradientProfile,
     average_bands,
     build_estimator,
-    kernel_vectors,
     mean_square_products,
+    root_weighted,
 )
 from carv_attrib.sampling import Draws, Proposal, importance_proposal, sample_draws, uniform_proposal
 from carv_attrib.seeding import stream
@@ -123,10 +123,10 @@ def test_with_independent_noise_a_draw_a_band_is_a_mean_and_not_a_root(proposal:
 
 @pytest.mark.parametrize("scheme", ["iid", "stratified", "antithetic", "orthogonal"])
 @pytest.mark.parametrize("proposal", PROPOSALS)
-def test_the_kernel_is_a_mean_under_p_whatever_the_proposal_and_the_bands(scheme: Any, proposal: str) -> None:
+def test_products_of_root_weighted_draws_are_means_under_p(scheme: Any, proposal: str) -> None:
     config = EstimatorConfig(num_draws=12, num_bands=2, scheme=scheme)
     draws = draws_of(PROPOSALS[proposal], config)
-    vectors = kernel_vectors(gradients(draws, 1.0), draws)[..., 0]
+    vectors = root_weighted(gradients(draws, 1.0), draws)[..., 0]
     assert_mean(vectors.double().square().mean(1), float(2 * LEVEL.square().mean()), 0.15)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def store(tmp_path: Path, draws: Tensor) -> FeatureStore:
     for part in range(3):
         rows = list(store.part_rows(part))
         ids = torch.tensor(rows) + 100
-        features = PartFeatures(ids, draws[rows].view(-1, BANDS, 2, DIM), ids[::2], draws[rows][::2])
+        features = PartFeatures(ids, draws[rows].view(-1, BANDS, 2, DIM))
         store.write_part(part, features, [Record(int(i), str(int(i)), None, None, b"") for i in ids])
     return FeatureStore.open(store.path)
 
@@ -60,11 +61,11 @@ def naive_scores(query: Tensor, train: Tensor, hessian: Tensor, damping: float, 
 
 
 def hessian_of(draws: Tensor, kind: str) -> Tensor:
-    vectors = draws[::2].double().flatten(0, 1) if kind == "draws" else draws.double().mean(1)
+    vectors = draws.double().flatten(0, 1) if kind == "bands" else draws.double().mean(1)
     return vectors.T @ vectors / len(vectors)
 
 
-@pytest.mark.parametrize(("kind", "bands"), [("draws", BANDS), ("means", 1)])
+@pytest.mark.parametrize(("kind", "bands"), [("bands", BANDS), ("means", 1)])
 @pytest.mark.parametrize("damping", [0.01, 1.0])
 def test_scores_are_equation_9(
     store: FeatureStore, draws: Tensor, kind: KernelKind, bands: int, damping: float
@@ -79,7 +80,7 @@ def test_scores_are_equation_9(
     torch.testing.assert_close(
         scores, naive_scores(query, draws, hessian_of(draws, kind), damping, bands), rtol=1e-10, atol=0
     )
-    assert kernel.num_vectors == (NUM // 2 * 2 * BANDS if kind == "draws" else NUM)
+    assert kernel.num_vectors == (NUM * 2 * BANDS if kind == "bands" else NUM)
 
 
 def test_without_a_kernel_scores_are_inner_products_and_cosines(store: FeatureStore, draws: Tensor) -> None:
@@ -108,7 +109,7 @@ def test_damping_must_be_positive(store: FeatureStore, damping: Any) -> None:
 
 @pytest.mark.usefixtures("as_users_run_it")
 def test_an_unknown_kernel_is_refused(store: FeatureStore) -> None:
-    with pytest.raises(ArgumentError, match="`kernel` must be one of draws, means, got 'x'"):
+    with pytest.raises(ArgumentError, match="`kernel` must be one of bands, means, got 'x'"):
         fit_kernel(store, "x")  # type: ignore[arg-type]
 
 
@@ -125,7 +126,7 @@ def test_a_kernel_comes_back_from_its_file(store: FeatureStore, tmp_path: Path) 
     loaded = load_kernel(tmp_path / "kernel.safetensors")
     assert torch.equal(loaded.eigenvectors, kernel.eigenvectors)
     assert torch.equal(loaded.eigenvalues, kernel.eigenvalues)
-    assert (loaded.kind, loaded.num_vectors) == ("draws", kernel.num_vectors)
+    assert (loaded.kind, loaded.num_vectors) == ("bands", kernel.num_vectors)
 
 
 def test_a_damaged_kernel_file_is_named(tmp_path: Path) -> None:
@@ -140,7 +141,7 @@ def exact_order(query: Tensor, store: FeatureStore, kernel: Kernel, score: Score
     return (-scores).argsort(dim=1).numpy()
 
 
-@pytest.mark.parametrize("kind", ["draws", "means"])
+@pytest.mark.parametrize("kind", ["bands", "means"])
 @pytest.mark.parametrize("score", ["preconditioned", "dot", "cosine", "preconditioned-cosine"])
 def test_the_index_ranks_as_the_exact_scores_do(
     store: FeatureStore, draws: Tensor, kind: KernelKind, score: ScoreKind
@@ -159,7 +160,7 @@ def test_one_index_serves_any_damping_and_the_plain_inner_product(
     kernel = fit_kernel(store)
     query = kernel.banded(draws[:5].flip(2).view(-1, BANDS, 2, DIM))
     index = FeatureIndex.build(store, kernel, score="preconditioned", damping=0.2)
-    assert index.settings.serves(score, "draws", damping)
+    assert index.settings.serves(score, "bands", damping)
     found = index.search(query, score=score, damping=damping, top_k=NUM)
     np.testing.assert_array_equal(found, exact_order(query, store, kernel, score, damping))
 
@@ -167,10 +168,10 @@ def test_one_index_serves_any_damping_and_the_plain_inner_product(
 def test_a_cosine_is_served_by_its_own_index_only(store: FeatureStore) -> None:
     kernel = fit_kernel(store)
     settings = FeatureIndex.build(store, kernel, score="preconditioned-cosine", damping=0.2).settings
-    assert settings.serves("preconditioned-cosine", "draws", 0.2)
-    assert not settings.serves("preconditioned-cosine", "draws", 0.3)
-    assert not settings.serves("cosine", "draws", 0.2)
-    assert not settings.serves("preconditioned", "draws", 0.2)
+    assert settings.serves("preconditioned-cosine", "bands", 0.2)
+    assert not settings.serves("preconditioned-cosine", "bands", 0.3)
+    assert not settings.serves("cosine", "bands", 0.2)
+    assert not settings.serves("preconditioned", "bands", 0.2)
     assert not FeatureIndex.build(store, kernel, score="dot", damping=0.2).settings.serves("dot", "means", 0.2)
 
 
@@ -207,6 +208,14 @@ def test_an_index_is_checked_before_it_is_read(store: FeatureStore) -> None:
     with pytest.raises(
         StoreCorruptError, match=r"index.json has no 'bytes': it is damaged or of an older version; run"
     ):
+        read_index_settings(store)
+
+
+def test_the_kernel_over_draws_of_an_older_version_is_made_again(store: FeatureStore) -> None:
+    FeatureIndex.build(store, fit_kernel(store), score="dot", damping=0.2).save(store.path)
+    file = store.path / "index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"kernel": "draws"}))
+    with pytest.raises(StoreError, match="has a kernel of an older version; run `carv-attrib index"):
         read_index_settings(store)
 
 
@@ -272,8 +281,8 @@ def test_means_of_root_weighted_draws_are_refused(store: FeatureStore) -> None:
 
 def test_automatic_damping_is_the_shrinkage_of_ledoit_and_wolf(store: FeatureStore, draws: Tensor) -> None:
     """Entry by entry, over examples, whose draws go together; also for means, which are one vector each."""
-    for kind in ("draws", "means"):
-        vectors = draws[::2].double() if kind == "draws" else draws.double().mean(1, keepdim=True)
+    for kind in ("bands", "means"):
+        vectors = draws.double() if kind == "bands" else draws.double().mean(1, keepdim=True)
         each = vectors.transpose(1, 2) @ vectors / vectors.shape[1]
         hessian, num = each.mean(0), len(each)
         mean_eigenvalue = torch.trace(hessian) / DIM

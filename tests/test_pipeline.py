@@ -37,8 +37,8 @@ from carv_attrib.estimator import (
     GradientProfile,
     build_estimator,
     check_finite,
-    kernel_vectors,
     measure_profile,
+    root_weighted,
 )
 from carv_attrib.sampling import sample_draws
 from carv_attrib.store import FeatureStore
@@ -175,15 +175,11 @@ def random_index(tmp_path_factory: pytest.TempPathFactory, dit_folder: Path, dig
     return path
 
 
-def test_random_encodings_change_no_shape_but_that_of_the_kernels_draws(random_index: Path, tiny_index: Path) -> None:
+def test_random_encodings_change_no_shape(random_index: Path, tiny_index: Path) -> None:
     store, plain = FeatureStore.open(random_index), FeatureStore.open(tiny_index)
     assert (store.manifest["draws_per_example"], plain.manifest["draws_per_example"]) == (8, 4)
-    assert store.manifest["format_version"] == 3
+    assert store.manifest["format_version"] == 4
     assert store.read_part(0).features.shape == plain.read_part(0).features.shape == (8, 2, 2, 48)
-    assert sum(len(store.read_part(part).kernel_ids) for part in store.parts) == 12
-    for part in store.parts:
-        assert store.read_part(part).kernel_draws.shape[1:] == (8, 48)
-        assert plain.read_part(part).kernel_draws.shape[1:] == (4, 48)
     assert store.verify() == []
     assert not torch.allclose(store.read_part(0).features, plain.read_part(0).features)
 
@@ -528,8 +524,8 @@ def test_mean_feature_over_seeds_meets_the_mean_over_all_timesteps(dit_folder: P
         assert ((means.mean(0) - truth).abs() < 4 * error).all(), (scheme, proposal)
 
 
-def test_the_kernel_is_that_of_p_whatever_the_proposal(dit_folder: Path, digits_folder: Path) -> None:
-    """trace H = E_p[omega^2 |g|^2], from draws of either proposal."""
+def test_squares_of_root_weighted_draws_are_means_under_p(dit_folder: Path, digits_folder: Path) -> None:
+    """E_p[omega^2 |g|^2], from draws of either proposal."""
     teacher = load_teacher(dit_folder, device="cpu")
     profile = GradientProfile((10.0, 90.0), (9.0, 1.0))  # a proposal far from uniform
     traces, errors = [], []
@@ -538,7 +534,7 @@ def test_the_kernel_is_that_of_p_whatever_the_proposal(dit_folder: Path, digits_
         estimator = build_estimator(teacher, FeaturizeConfig.from_flat(SETTINGS | settings), 64, profile)
         draws = estimator.draws([0])
         features = estimator.features(encoded_digits(estimator, digits_folder, 1), draws)
-        squares = kernel_vectors(features, draws)[0].double().square().sum(-1)
+        squares = root_weighted(features, draws)[0].double().square().sum(-1)
         traces.append(float(squares.mean()))
         errors.append(float(squares.std()) / 2048**0.5)
     assert abs(traces[0] - traces[1]) < 4 * sum(error**2 for error in errors) ** 0.5

@@ -39,12 +39,11 @@ def test_refined_scores_are_those_of_all_draws_together(attributor: Attributor, 
     encoded = encode_examples(estimator, examples, store.ids.tolist())
     query, train, vectors = [scorer.features(asked)], [store.read_features(range(20))], []
     for number in range(2):
-        query.append(fresh_draws(estimator, asked.encoded, asked.ids, number)[0])
-        bands, draws = fresh_draws(estimator, encoded, store.ids.tolist(), number)
-        train.append(bands)
-        vectors.append(draws[torch.tensor(references)])
+        query.append(fresh_draws(estimator, asked.encoded, asked.ids, number))
+        train.append(fresh_draws(estimator, encoded, store.ids.tolist(), number))
+        vectors.append(train[-1][torch.tensor(references)].flatten(1, 2))
     q, t = (torch.cat(x, dim=2).mean(2).double() for x in (query, train))
-    own = scorer.kernel("draws")
+    own = scorer.kernel("bands")
     flat = torch.cat(vectors, dim=1).double().flatten(0, 1)
     hessian = (flat.T @ flat / len(flat) + own.eigenvectors @ own.eigenvalues.diag() @ own.eigenvectors.T) / 2
     damped = hessian + 0.5 * torch.trace(hessian) / len(hessian) * torch.eye(len(hessian)).double()
@@ -60,7 +59,7 @@ def test_fresh_draws_are_new_in_each_round_and_shared_between_examples(attributo
     scorer = attributor.members[0]
     asked = scorer.encode([Image.open(picture)] * 2, [1, 1])
     of_index = scorer.features(asked)
-    first, second = (fresh_draws(attributor.estimator, asked.encoded, [-1, -2], n)[0] for n in range(2))
+    first, second = (fresh_draws(attributor.estimator, asked.encoded, [-1, -2], n) for n in range(2))
     torch.testing.assert_close(first[0], first[1])
     for one, other in ((of_index, first), (first, second)):
         assert not torch.allclose(one, other, rtol=0.1)
@@ -87,7 +86,7 @@ def test_only_candidates_are_refined(attributor: Attributor, picture: Path) -> N
         ({"refine": 2, "top_k": 3}, "`refine` must be a whole number of at least 3, got 2"),
         ({"target_se": 0.1}, "`target_se` is where refining stops; give `refine` too"),
         ({"refine": 10, "target_se": 0.0}, "`target_se` must be a positive number, got 0.0"),
-        ({"refine": 10, "kernel": "means"}, "`refine` needs `kernel` draws, got means; give the first"),
+        ({"refine": 10, "kernel": "means"}, "`refine` needs `kernel` bands, got means; give the first"),
         ({"refine": 10, "max_draws": 4}, "`max_draws` must be a whole number of at least 8, got 4"),
     ],
 )

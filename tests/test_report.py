@@ -53,7 +53,7 @@ def result(**fields: object) -> QueryResult:
         "thumbnail": picture(),
         "proponents": (match(7), match(9, 0.25, None)),
         "opponents": (match(4, -0.5, 0.1),),
-        "settings": {"kernel": "draws", "damping": 0.1},
+        "settings": {"kernel": "bands", "damping": 0.1},
         "cost": {"network_evaluations": 8, "seconds": 0.25},
     }
     return QueryResult(**values | fields)  # type: ignore[arg-type]
@@ -121,7 +121,7 @@ def test_dict_round_trips_through_json() -> None:
         "caption": "a three",
         "bands": [],
     }
-    assert loaded["settings"] == {"kernel": "draws", "damping": 0.1}
+    assert loaded["settings"] == {"kernel": "bands", "damping": 0.1}
     assert loaded["cost"] == {"network_evaluations": 8, "seconds": 0.25}
 
 

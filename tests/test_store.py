@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from carv_attrib.errors import StoreCorruptError, StoreError, StoreMismatchError
-from carv_attrib.store import FeatureStore, PartFeatures, Record, atomic_file, concatenate
+from carv_attrib.store import FeatureStore, PartFeatures, Record, atomic_file, concatenate, tensor_digest
 
 MANIFEST = {
     "config": {"part_size": 4, "num_bands": 2, "num_draws": 4, "feature_dtype": "float16"},
@@ -26,7 +25,7 @@ MANIFEST = {
 def part_of(ids: list[int], seed: int = 0) -> PartFeatures:
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randn(len(ids), 4, 6, generator=generator) * torch.logspace(-9, 3, len(ids))[:, None, None]
-    return PartFeatures(torch.tensor(ids), draws.view(-1, 2, 2, 6), torch.tensor(ids)[1:], draws[1:])
+    return PartFeatures(torch.tensor(ids), draws.view(-1, 2, 2, 6))
 
 
 def records_of(ids: list[int]) -> list[Record]:
@@ -52,10 +51,6 @@ def test_float16_features_keep_a_relative_precision_at_any_magnitude(store: Feat
     expected, read = part_of([0, 1, 2, 3]), store.read_part(0)
     error = (read.features - expected.features).abs().amax(-1) / expected.features.abs().amax(-1)
     assert error.max() < 2**-11
-    assert torch.equal(read.kernel_ids, expected.kernel_ids)
-    assert (
-        (read.kernel_draws - expected.kernel_draws).abs().amax(-1) / expected.kernel_draws.abs().amax(-1)
-    ).max() < 2**-11
 
 
 def test_float32_features_come_back_exactly(tmp_path: Path) -> None:
@@ -208,11 +203,22 @@ def test_a_damaged_manifest_is_named(store: FeatureStore) -> None:
         FeatureStore.open(store.path)
 
 
+def test_the_draws_of_format_3_are_not_read(store: FeatureStore) -> None:
+    manifest = json.loads((store.path / "manifest.json").read_text())
+    older = manifest | {"format_version": 3, "config": manifest["config"] | {"kernel_examples": 12}}
+    (store.path / "manifest.json").write_text(json.dumps(older))
+    tensors = load_file(store.features_path(0)) | {"kernel_draws": torch.ones(1, 4, 6)}
+    save_file(tensors, store.features_path(0), metadata={"sha256": tensor_digest(tensors)})
+    opened = FeatureStore.open(store.path)
+    assert "kernel_examples" not in opened.manifest["config"]
+    assert torch.equal(opened.read_part(0).features, store.read_part(0).features)
+
+
 @pytest.mark.parametrize("version", [2, 9])
 def test_another_format_is_refused(store: FeatureStore, version: int) -> None:
     file = store.path / "manifest.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": version}))
-    with pytest.raises(StoreError, match=f"has format version {version}, this program reads 3; featurize again"):
+    with pytest.raises(StoreError, match=f"has format version {version}, this program reads 3 and 4; featurize again"):
         FeatureStore.open(store.path)
 
 
@@ -253,17 +259,6 @@ def test_features_of_another_shape_are_refused_when_read(store: FeatureStore) ->
     tensors = load_file(store.features_path(0))
     save_file(tensors | {"features": tensors["features"][..., :5].contiguous()}, store.features_path(0))
     with pytest.raises(StoreCorruptError, match=r"does not hold features of shape \(examples, 2, 2, 6\)"):
-        store.read_part(0)
-
-
-def test_the_kernel_keeps_the_draws_of_every_encoding(tmp_path: Path) -> None:
-    store = FeatureStore.create(tmp_path / "index", MANIFEST | {"draws_per_example": 8})
-    part = part_of([0, 1, 2, 3])
-    part = replace(part, kernel_draws=part.kernel_draws.repeat(1, 2, 1))
-    store.write_part(0, part, records_of([0, 1, 2, 3]))
-    assert store.read_part(0).kernel_draws.shape == (3, 8, 6)
-    store.write_part(0, part_of([0, 1, 2, 3]), records_of([0, 1, 2, 3]))
-    with pytest.raises(StoreCorruptError, match=r"does not hold 8 draws of 6 numbers"):
         store.read_part(0)
 
 

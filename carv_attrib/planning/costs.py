@@ -138,8 +138,7 @@ class CostModel:
         encoded = self.num_examples + pilot_rows
         encode = estimator.num_encodings * encoded * self.upstream_seconds(estimator.examples_per_call(micro_batch))
         rows = calls * micro_batch + math.ceil(pilot_rows * PILOT_DRAWS / micro_batch) * micro_batch
-        kernel_rows = self._kernel_examples(config) * estimator.draws_per_example
-        linear = kernel_rows + self.num_examples * estimator.num_bands
+        linear = self.num_examples * estimator.num_bands * (1 + estimator.num_replicates)
         parts = [
             (encoded, units.read),
             (rows, units.draw),
@@ -153,11 +152,10 @@ class CostModel:
         )
 
     def disk_bytes(self, config: FeaturizeConfig) -> int:
-        """Return the bytes of features, kept draws, records, kernel and search index; headers are left out."""
+        """Return the bytes of features, records, kernel and search index; headers are left out."""
         estimator, d = config.estimator, self.proj_dim
         width = 2 * d + 4 if config.storage.feature_dtype == "float16" else 4 * d
         vectors = self.num_examples * estimator.num_bands * estimator.num_replicates
-        vectors += self._kernel_examples(config) * estimator.draws_per_example
         records = self.num_examples * (self.units.record_bytes + 8)
         index = 4 * self.num_examples * estimator.num_bands * d + 8 * d * d
         return int(vectors * width + records + index)
@@ -170,14 +168,9 @@ class CostModel:
         """
         estimator, d = config.estimator, self.proj_dim
         part = min(config.storage.part_size, self.num_examples)
-        kernel_share = self._kernel_examples(config) / self.num_examples
-        draws = kernel_share * estimator.draws_per_example
-        part_floats = part * d * (estimator.num_bands * estimator.num_replicates + draws)
+        part_floats = part * d * estimator.num_bands * estimator.num_replicates
         index = 8 * self.num_examples * estimator.num_bands * d + 4 * 8 * d * d + 16 * part_floats
         return int(self.units.memory_bytes + max(12 * part_floats, index))
-
-    def _kernel_examples(self, config: FeaturizeConfig) -> int:
-        return min(config.estimator.kernel_examples, self.num_examples)
 
 
 def _network_calls(config: FeaturizeConfig, micro_batch: int, num_examples: int) -> int:

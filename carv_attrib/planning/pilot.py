@@ -26,7 +26,6 @@ from carv_attrib.estimator import (
     average_bands,
     build_estimator,
     check_finite,
-    kernel_vectors,
     measure_profile,
 )
 from carv_attrib.gradient import row_objective
@@ -284,12 +283,7 @@ class _Bench:
         one, many = self.watch["encode 1"], self.watch[f"encode {per_call}"]
         row = max(0.0, (many.value - one.value) / (per_call - 1)) if per_call > 1 else one.value
         features, found = self.replicate(estimator, self.encoded, "disk")
-        part = PartFeatures(
-            self.batch.ids,
-            average_bands(features, found, estimator.config),
-            self.batch.ids,
-            kernel_vectors(features, found),
-        )
+        part = PartFeatures(self.batch.ids, average_bands(features, found, estimator.config))
         return UnitCosts(
             read=self.watch["read"],
             encode_call=Measured(max(0.0, one.value - row), one.standard_error),
