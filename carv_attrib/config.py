@@ -142,8 +142,8 @@ class ProjectionConfig:
     """
 
     projection: ProjectionKind = "kronecker"
-    proj_dim: int = 512
-    rank: int = 8
+    proj_dim: int = 2048
+    rank: int = 16
     layers: Sequence[str] = ()
 
     def __post_init__(self) -> None:

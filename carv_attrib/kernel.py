@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,9 @@ ScoreKind = Literal["preconditioned", "dot", "cosine", "preconditioned-cosine"]
 Damping = float | Literal["auto"]
 
 DEFAULT_DAMPING = 0.1
-"""What `auto` is where H is of too few examples to choose it: in pilots."""
-_LEAST_SHRINKAGE = 1e-6  # keeps lambda positive and finite
+"""What `auto` is where there is nothing to choose it from: with one draw, and in pilots."""
+DAMPINGS = torch.logspace(-5, 1, 121, dtype=torch.float64)
+"""That `auto` chooses among, before it is halved."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,14 @@ class Kernel:
         """Return the kernel of scores that have other draws than this one's, from those draws of a few examples.
 
         Gradients are whitened well only by an H that has seen the same draws; of few examples it is noisy. So H is the
-        mean of both, and `auto` is chosen from the few.
+        mean of both.
         """
-        flat = vectors.flatten(0, 1)
-        fresh = flat.T @ flat / len(flat)
         known = (self.eigenvectors * self.eigenvalues) @ self.eigenvectors.T
-        squares = (vectors @ vectors.transpose(1, 2)).square().sum((1, 2)) / vectors.shape[1] ** 2
-        auto_damping = choose_damping(fresh, float(squares.mean()), len(vectors))
-        return decompose((fresh + known) / 2 * len(flat), len(flat), self.kind, auto_damping)
+        # of other examples too, since there are few
+        first, second = (_second_moment(vectors[half::2, half::2]) for half in (0, 1))
+        auto_damping = choose_damping((first + known) / 2, (second + known) / 2)
+        num_vectors = vectors.shape[0] * vectors.shape[1]
+        return decompose((_second_moment(vectors) + known) / 2 * num_vectors, num_vectors, self.kind, auto_damping)
 
     def damping(self, damping: Damping) -> float:
         """Return lambda, relative to the mean eigenvalue: the given number, or what was chosen for `auto`.
@@ -115,16 +117,20 @@ def fit_kernel(store: FeatureStore, kind: KernelKind = "bands") -> Kernel:
             "`kernel` means needs means over draws, but this index keeps every draw with the root of its weight; "
             "use `kernel` bands, or featurize with fewer `num_bands`."
         )
-    gram: Tensor = torch.zeros(())
-    num_examples, num_vectors, squares = 0, 0, 0.0
-    for vectors in _replicates(store) if kind == "bands" else _means(store):
-        flat = vectors.flatten(0, 1)
-        gram = gram + flat.T @ flat
-        num_examples, num_vectors = num_examples + len(vectors), num_vectors + len(flat)
-        squares += float((vectors @ vectors.transpose(1, 2)).square().sum()) / vectors.shape[1] ** 2
+    grams: list[Tensor] = [torch.zeros(()) for _ in range(3)]
+    num_vectors = 0
+    for part in store.parts:
+        draws = store.read_part(part).features.double().flatten(1, 2)  # (examples, bands of replicates, d)
+        sides = [draws, draws[:, ::2], draws[:, 1::2]]
+        if kind == "means":
+            sides = [vectors.mean(1, keepdim=True) for vectors in sides]
+        flats = [vectors.flatten(0, 1) for vectors in sides]
+        grams = [gram + flat.T @ flat for gram, flat in zip(grams, flats, strict=True)]
+        num_vectors += len(flats[0])
     if num_vectors == 0:
         raise StoreError(f"{store.path} holds no features yet; run featurize first.")
-    return decompose(gram, num_vectors, kind, choose_damping(gram / num_vectors, squares / num_examples, num_examples))
+    auto_damping = DEFAULT_DAMPING if _has_one_draw(store) else choose_damping(*grams[1:])
+    return decompose(grams[0], num_vectors, kind, auto_damping)
 
 
 def decompose(
@@ -136,25 +142,28 @@ def decompose(
     return Kernel(kind, eigenvalues.clamp(min=0), eigenvectors, num_vectors, auto_damping)
 
 
-def choose_damping(hessian: Float64[Tensor, "d d"], mean_square: float, num_examples: int) -> float:
-    """Return the damping whose `H + lambda I` has the shape of the best estimate of H's expectation (eq. (9')).
-
-    H is the mean over n examples of `M_i`, the mean outer product of an example's vectors. Of all
-    `(1 - rho) H + rho mu I`, with mu the mean eigenvalue, the one nearest to H's expectation has
-    `rho = sum of the variances of H's entries / ||H - mu I||^2` (Ledoit and Wolf 2004, for a mean that is known to be
-    zero, over examples and not over their vectors, which are not independent). The order of scores does not depend on
-    the scale, which leaves `lambda = rho / (1 - rho)` times mu.
+def choose_damping(first: Float64[Tensor, "d d"], second: Float64[Tensor, "d d"]) -> float:
+    """Return the damping, relative to the mean eigenvalue, by cross-validation over draws (eq. (9')).
 
     Args:
-        hessian: H.
-        mean_square: mean over examples of the squared Frobenius norm of `M_i`.
-        num_examples: n.
+        first: H, up to a factor, of one half of the draws.
+        second: of the other half.
     """
-    size, square = len(hessian), float(hessian.square().sum())
-    distance = square - float(hessian.trace()) ** 2 / size
-    noise = (mean_square - square) / num_examples
-    rho = noise / distance if distance > 0 else 1.0
-    return min(max(rho, _LEAST_SHRINKAGE) / max(1 - rho, _LEAST_SHRINKAGE), 1 / _LEAST_SHRINKAGE)
+    found = [_cross_validated(*pair) for pair in ((first, second), (second, first))]
+    return math.prod(found) ** 0.5 / 2  # H has twice the draws of a half
+
+
+def _cross_validated(known: Float64[Tensor, "d d"], other: Float64[Tensor, "d d"]) -> float:
+    """Return the damping of `known` that makes Gaussian vectors with the second moment `other` most likely.
+
+    The factor of the covariance is the best at each damping.
+    """
+    with _one_thread():
+        eigenvalues, eigenvectors = torch.linalg.eigh(known)
+    moments = (eigenvectors * (other @ eigenvectors)).sum(0)
+    damped = eigenvalues.clamp(min=0) + DAMPINGS[:, None] * eigenvalues.mean()
+    surprise = damped.log().mean(1) + (moments / damped).mean(1).log()
+    return float(DAMPINGS[surprise.argmin()])
 
 
 @contextmanager
@@ -168,16 +177,15 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _replicates(store: FeatureStore) -> Iterable[Float64[Tensor, "examples vectors d"]]:
-    """Yield the replicates of all bands of all examples."""
-    for part in store.parts:
-        yield store.read_part(part).features.double().flatten(1, 2)
+def _second_moment(vectors: Float64[Tensor, "examples vectors d"]) -> Float64[Tensor, "d d"]:
+    """Return the mean of outer products."""
+    flat = vectors.flatten(0, 1)
+    return flat.T @ flat / len(flat)
 
 
-def _means(store: FeatureStore) -> Iterable[Float64[Tensor, "examples one d"]]:
-    """Yield the draw-averaged features of all examples."""
-    for part in store.parts:
-        yield store.read_part(part).features.double().mean((1, 2)).unsqueeze(1)
+def _has_one_draw(store: FeatureStore) -> bool:
+    """Return whether an example has a single vector, which leaves nothing to compare."""
+    return int(store.manifest["config"]["num_bands"]) * int(store.manifest["num_replicates"]) == 1
 
 
 def load_kernel(path: Path) -> Kernel:

@@ -178,7 +178,7 @@ def test_a_result_says_what_it_was_made_with_and_what_it_cost(
         ({}, "`label` is needed: this teacher is class-conditional; give one from 0 to 2"),
         ({"label": 0, "prompt": "x"}, "`prompt` was given, but this teacher is class-conditional; leave it out"),
         ({"label": 0, "score": "x"}, "`score` must be one of preconditioned, dot, .*, got 'x'"),
-        ({"label": 0, "kernel": "x"}, "`kernel` must be one of draws, means, got 'x'"),
+        ({"label": 0, "kernel": "x"}, "`kernel` must be one of bands, means, got 'x'"),
         ({"label": 0, "damping": 0.0}, r"`damping` must be a positive number or auto, got 0.0"),
     ],
 )

@@ -85,7 +85,7 @@ def test_query_about_a_part(tmp_path: Path, tiny_index: Path, digits_folder: Pat
     top, bottom = (json.loads(run(*question, "--mask", tmp_path / f"{n}.png").stdout) for n in ("top", "bottom"))
     assert top["settings"]["mask"] == "top.png"
     assert [m["score"] for m in top["proponents"]] != [m["score"] for m in bottom["proponents"]]
-    assert_one_line(run(*question, "--mask", tmp_path / "black.png"), 2, "`mask` must be white", "black.png")
+    assert_one_line(run(*question, "--mask", tmp_path / "black.png"), 2, "`mask` must be white")
     assert_one_line(run(*question, "--mask", tmp_path / "none.png"), 1, "`mask` must be an image file", "none.png")
 
 

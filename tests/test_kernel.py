@@ -11,7 +11,7 @@ from torch import Tensor
 
 from carv_attrib.errors import ArgumentError, StoreCorruptError, StoreError
 from carv_attrib.index import FeatureIndex, read_index_settings
-from carv_attrib.kernel import Kernel, KernelKind, ScoreKind, choose_damping, fit_kernel, load_kernel
+from carv_attrib.kernel import DAMPINGS, Kernel, KernelKind, ScoreKind, choose_damping, fit_kernel, load_kernel
 from carv_attrib.scores import score_bands
 from carv_attrib.store import FeatureStore, PartFeatures, Record, file_digest
 
@@ -279,35 +279,54 @@ def test_means_of_root_weighted_draws_are_refused(store: FeatureStore) -> None:
         fit_kernel(store, "means")
 
 
-def test_automatic_damping_is_the_shrinkage_of_ledoit_and_wolf(store: FeatureStore, draws: Tensor) -> None:
-    """Entry by entry, over examples, whose draws go together; also for means, which are one vector each."""
-    for kind in ("bands", "means"):
-        vectors = draws.double() if kind == "bands" else draws.double().mean(1, keepdim=True)
-        each = vectors.transpose(1, 2) @ vectors / vectors.shape[1]
-        hessian, num = each.mean(0), len(each)
-        mean_eigenvalue = torch.trace(hessian) / DIM
-        noise = (each - hessian).square().sum() / num**2
-        rho = noise / (hessian - mean_eigenvalue * torch.eye(DIM)).square().sum()
-        kernel = fit_kernel(store, kind)  # type: ignore[arg-type]
-        assert kernel.auto_damping == pytest.approx(float(rho / (1 - rho)), rel=1e-6)
-        torch.testing.assert_close(
-            kernel.inverse("preconditioned", "auto"), kernel.inverse("preconditioned", kernel.auto_damping)
-        )
+@pytest.mark.parametrize("kind", ["bands", "means"])
+def test_automatic_damping_is_that_of_equation_9_prime(store: FeatureStore, draws: Tensor, kind: KernelKind) -> None:
+    """Written out: the likelihood of one half of the draws under each damping of the other."""
+    halves = [draws.double()[:, half::2] for half in (0, 1)]
+    if kind == "means":
+        halves = [half.mean(1, keepdim=True) for half in halves]
+    moments = [(half.flatten(0, 1).T @ half.flatten(0, 1)) / half.flatten(0, 1).shape[0] for half in halves]
+
+    def surprise(damping: float, known: Tensor, other: Tensor) -> float:
+        covariance = known + damping * torch.trace(known) / DIM * torch.eye(DIM)
+        covariance = covariance * torch.trace(torch.linalg.solve(covariance, other)) / DIM  # the best factor
+        density = torch.distributions.MultivariateNormal(torch.zeros(DIM).double(), covariance)
+        vectors = torch.linalg.cholesky(other).T * DIM**0.5  # their second moment is the other's
+        return -float(density.log_prob(vectors).mean())
+
+    found = [min(DAMPINGS.tolist(), key=lambda x, p=p: surprise(x, *p)) for p in (moments, moments[::-1])]  # type: ignore[misc]
+    kernel = fit_kernel(store, kind)
+    assert kernel.auto_damping == pytest.approx((found[0] * found[1]) ** 0.5 / 2, rel=1e-9)
+    torch.testing.assert_close(
+        kernel.inverse("preconditioned", "auto"), kernel.inverse("preconditioned", kernel.auto_damping)
+    )
+
+
+def test_one_draw_leaves_the_damping_as_it_was(tmp_path: Path, store: FeatureStore) -> None:
+    manifest = store.manifest | {"config": store.manifest["config"] | {"num_bands": 1}, "num_replicates": 1}  # type: ignore[operator]
+    single = FeatureStore.create(tmp_path / "single", manifest)
+    records = [Record(i, str(i), None, None, b"") for i in range(16)]
+    single.write_part(0, PartFeatures(torch.arange(16), torch.randn(16, 1, 1, DIM)), records)
+    assert fit_kernel(FeatureStore.open(single.path)).auto_damping == 0.1
+
+
+@pytest.mark.parametrize("num_draws", [4, 16])
+def test_automatic_damping_falls_with_the_number_of_draws(num_draws: int) -> None:
+    """Where every draw adds noise along directions of its own, the more there are, the less of H is theirs."""
+    generator = torch.Generator().manual_seed(0)
+    signal = torch.randn(2000, 1, 40, generator=generator) * torch.linspace(0.2, 2, 40)
+
+    def moment(draws: int) -> Tensor:
+        directions = torch.randn(draws, 40, generator=generator) / 2
+        vectors = signal + torch.randn(2000, draws, 1, generator=generator) * directions
+        flat = vectors.flatten(0, 1).double()
+        return flat.T @ flat / len(flat)
+
+    found = [choose_damping(moment(n), moment(n)) for n in (num_draws, 4 * num_draws)]
+    assert found[1] < found[0]
 
 
 def test_automatic_damping_is_positive_and_finite() -> None:
-    assert choose_damping(torch.eye(3).double(), 3.5, 10) == pytest.approx(1e6)
-    assert choose_damping(torch.diag(torch.tensor([1.0, 0.0]).double()), 1.0, 10) == pytest.approx(1e-6)
-
-
-def test_automatic_damping_falls_with_the_number_of_examples() -> None:
-    """Of Gaussian vectors, the shrinkage is about `d mu^2 / (n var(eigenvalues))`, plus 1 / n."""
-    generator = torch.Generator().manual_seed(0)
-    scales = torch.linspace(0.5, 2, 20).double()
-    spread = (scales.square() - scales.square().mean()).square().sum()
-    for num in (1000, 16000):
-        x = torch.randn(num, 20, generator=generator).double() * scales
-        hessian = x.T @ x / num
-        rho = float((scales.square().sum() ** 2 + scales.pow(4).sum()) / num / spread)
-        found = choose_damping(hessian, float(x.square().sum(1).square().mean()), num)
-        assert found == pytest.approx(rho / (1 - rho), rel=0.15)
+    singular = torch.diag(torch.tensor([1.0, 0.0]).double())
+    assert choose_damping(singular, singular) == pytest.approx(1e-5 / 2)
+    assert choose_damping(torch.eye(2).double(), torch.diag(torch.tensor([1.0, 1e-9]).double())) <= 5
