@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -20,15 +20,12 @@ from carv_attrib.errors import ArgumentError, StoreMismatchError
 from carv_attrib.estimator import Estimator
 from carv_attrib.groups import read_groups
 from carv_attrib.kernel import Damping, KernelKind, ScoreKind
-from carv_attrib.refinement import Refinement
+from carv_attrib.refinement import DatasetLike, Refinement
 from carv_attrib.report import Match, QueryResult
 from carv_attrib.scorer import Choice, Scorer
 from carv_attrib.scores import BandScores, join, mean
 from carv_attrib.store import FeatureStore, label_name
 from carv_attrib.teacher import Teacher
-
-if TYPE_CHECKING:
-    import datasets
 
 ImageLike = str | Path | Image.Image
 TeacherLike = Teacher | str | Path
@@ -62,7 +59,7 @@ class Attributor:
         path: str | Path,
         *,
         teacher: TeacherLike | Sequence[TeacherLike] | None = None,
-        dataset: str | Path | datasets.Dataset | None = None,
+        dataset: DatasetLike | Sequence[DatasetLike] | None = None,
         device: str = "auto",
     ) -> Attributor:
         """Return the index in a folder.
@@ -72,7 +69,7 @@ class Attributor:
             teacher: a loaded teacher, or where it lies now; by default, where it was when the index was made. Of an
                 index of several teachers: all of them, in the same order.
             dataset: where the training examples lie now, for `refine` and groups by a column; by default, where they
-                were.
+                were. A list, if data sets were appended.
             device: for teachers that are not loaded yet; they are, with the first query.
 
         Raises:
@@ -86,12 +83,7 @@ class Attributor:
             teachers = list(teacher) if isinstance(teacher, list | tuple) else [teacher]
         if len(teachers) != len(stores):
             raise ArgumentError(f"`teacher` must be as many as the index has (={len(stores)}), got {len(teachers)}.")
-        return Attributor(
-            [
-                Scorer(store, own, device, store.manifest["dataset"]["source"] if dataset is None else dataset)
-                for store, own in zip(stores, teachers, strict=True)
-            ]
-        )
+        return Attributor([Scorer(store, own, device, dataset) for store, own in zip(stores, teachers, strict=True)])
 
     @property
     def estimator(self) -> Estimator:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from carv_attrib.data import Example, ExampleDataset, thumbnail, to_pixels
+from carv_attrib.data import Example, ExampleDataset, JoinedExamples, thumbnail, to_pixels
 from carv_attrib.errors import BadImageError, DataError
 from carv_attrib.estimator import Encoded, Estimator
 from carv_attrib.store import Record
@@ -49,7 +49,9 @@ def check_columns(teacher: Teacher, examples: ExampleDataset) -> None:
         raise DataError(f"the teacher needs captions, but {examples.source} has none; name a `caption_column`.")
 
 
-def read_batch(examples: ExampleDataset, rows: Sequence[int], teacher: Teacher, *, skip_bad: bool) -> Batch:
+def read_batch(
+    examples: ExampleDataset | JoinedExamples, rows: Sequence[int], teacher: Teacher, *, skip_bad: bool
+) -> Batch:
     """Read some rows of a dataset.
 
     Raises:

@@ -15,6 +15,7 @@ import click
 from carv_attrib.config import COMPONENTS, read_config_file
 from carv_attrib.errors import CarvError
 from carv_attrib.evaluate_cli import evaluate
+from carv_attrib.maintenance import ExportFormat
 from carv_attrib.options import AS_INDEXED, INDEX, score_options
 from carv_attrib.progress import quiet_libraries
 
@@ -45,13 +46,22 @@ class _OneLine(click.ClickException):
         self.exit_code = err.exit_code  # type: ignore[misc]
 
 
-def setting_options(command: Command) -> Command:
-    """Add a flag for every setting of `FeaturizeConfig`, with its type, default and description from there."""
-    for kind in reversed(COMPONENTS.values()):
-        hints, texts = get_type_hints(kind), _attribute_texts(kind)
-        for setting in reversed(fields(kind)):
-            command = _setting_option(setting.name, hints[setting.name], setting.default, texts[setting.name])(command)
-    return command
+def setting_options(*components: str) -> Callable[[Command], Command]:
+    """Return a decorator that adds a flag for every setting of `FeaturizeConfig`, or of some components of it.
+
+    Its type, default and description come from there.
+    """
+
+    def add(command: Command) -> Command:
+        for name in reversed(components or tuple(COMPONENTS)):
+            kind = COMPONENTS[name]
+            hints, texts = get_type_hints(kind), _attribute_texts(kind)
+            for setting in reversed(fields(kind)):
+                option = _setting_option(setting.name, hints[setting.name], setting.default, texts[setting.name])
+                command = option(command)
+        return command
+
+    return add
 
 
 def _setting_option(name: str, hint: Any, default: Any, text: str) -> Callable[[Command], Command]:
@@ -113,7 +123,7 @@ def main() -> None:
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file with the same keys as the flags.")
 @click.option("--plan", type=click.Choice(["auto"]), help="First run a pilot, and use the settings it recommends.")
 @aim_options
-@setting_options
+@setting_options()
 def featurize(config: Path | None, **flags: Any) -> None:
     """Compute the features of every example of DATASET, and index them. Run it again to go on after a stop."""
     from carv_attrib.ensemble import featurize_ensemble
@@ -139,7 +149,7 @@ def featurize(config: Path | None, **flags: Any) -> None:
 @aim_options
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the profile, and error against time, to a file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@setting_options
+@setting_options()
 def plan(config: Path | None, plot: Path | None, as_json: bool, **flags: Any) -> None:
     """Run a pilot on a few dozen examples of DATASET: what to run featurize with, and what to expect of it."""
     from carv_attrib.planning import plan as make
@@ -175,6 +185,63 @@ def index(index: Path, **choices: Any) -> None:
         with store.writing():
             build_index(store, **{name: value for name, value in choices.items() if value is not None})
         click.echo(f"{len(store.ids)} examples indexed in {folder}")
+
+
+@main.command()
+@INDEX
+@click.option("--dataset", required=True, help="The new examples: folder, .parquet file, hub id, or `digits`.")
+@click.option("--teacher", help="Where the teacher lies now, if it was moved.")
+@setting_options("data", "execution")
+def append(index: Path, dataset: str, teacher: str | None, **settings: Any) -> None:
+    """Add the examples of another data set to INDEX. Run it again to go on after a stop."""
+    from carv_attrib.maintenance import append as run
+
+    quiet_libraries()
+    given = {name: value for name, value in settings.items() if value not in (None, ())}
+    store = run(index, dataset, teacher=teacher, **given)
+    click.echo(f"{len(store.ids)} examples in {store.path}")
+
+
+@main.command()
+@INDEX
+@click.option("--id", "ids", type=int, multiple=True, help="Of an example. Can be given several times.")
+@click.option("--key", "keys", multiple=True, help="Name of an example. Can be given several times.")
+@click.option(
+    "--ids-from",
+    type=click.File(errors="replace"),
+    help="A text file with an id on each line, or - for standard input.",
+)
+def remove(index: Path, ids: tuple[int, ...], keys: tuple[str, ...], ids_from: Any) -> None:
+    """Take examples out of INDEX, for good, and build it again."""
+    from carv_attrib.maintenance import remove as run
+
+    lines = [line.strip() for line in ids_from or () if line.strip()]
+    if bad := [line for line in lines if not re.fullmatch(r"-?\d+", line)]:
+        raise click.UsageError(f"--ids-from must have a whole number on each line, got {bad[0][:40]!r}.")
+    count = run(index, ids=[*ids, *map(int, lines)], keys=keys)
+    click.echo(f"{count} examples removed from {index}")
+
+
+@main.command()
+@click.argument("output", type=click.Path(path_type=Path))
+@click.argument("shards", type=click.Path(path_type=Path), nargs=-1, required=True)
+def merge(output: Path, shards: tuple[Path, ...]) -> None:
+    """Put SHARDS, made by `featurize --shard`, together in the new index OUTPUT."""
+    from carv_attrib.maintenance import merge as run
+
+    click.echo(f"{len(run(output, shards).ids)} examples in {output}")
+
+
+@main.command()
+@INDEX
+@click.option("--format", type=click.Choice(get_args(ExportFormat)), required=True)
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="A new folder.")
+def export(index: Path, format: Any, output: Path) -> None:
+    """Write the features of INDEX for other programs."""
+    from carv_attrib.maintenance import export as run
+
+    for file in run(index, output, format):
+        click.echo(file)
 
 
 @main.command()

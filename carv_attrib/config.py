@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -212,6 +213,7 @@ class ExecutionConfig:
         latent_cache: folder that keeps latents and conditions for other runs with the same encoder.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         channels_last: weights of convolutions with channels innermost: for some GPUs faster.
+        shard: I/N: only every Nth part, the first of them part I; then `merge` the shards.
     """
 
     batch_size: int = 32
@@ -222,8 +224,13 @@ class ExecutionConfig:
     latent_cache: str | None = None
     gradient_checkpointing: bool = False
     channels_last: bool = False
+    shard: str | None = None
 
     def __post_init__(self) -> None:
+        if self.shard is not None:
+            found = re.fullmatch(r"(\d+)/(\d+)", str(self.shard))
+            if not found or int(found[1]) >= int(found[2]):
+                raise ArgumentError(f"`shard` must be I/N with I from 0 to N - 1, got {self.shard!r}; such as 0/8.")
         check_at_least("batch_size", self.batch_size, 1)
         check_at_least("num_workers", self.num_workers, 0)
         if self.latent_cache == "":
@@ -235,6 +242,11 @@ class ExecutionConfig:
     def memory_savers(self) -> dict[str, bool]:
         """The settings that `memory.less_memory` takes."""
         return {"gradient_checkpointing": self.gradient_checkpointing, "channels_last": self.channels_last}
+
+    def shard_of(self, parts: range) -> range:
+        """Return the parts that this run makes."""
+        first, step = map(int, (self.shard or "0/1").split("/"))
+        return parts[first::step]
 
     def examples_per_batch(self, examples_per_call: int) -> int:
         """Return `batch_size`, rounded up to fill network calls."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from carv_attrib.data import ExampleDataset
+from carv_attrib.data import ExampleDataset, JoinedExamples
 from carv_attrib.report import GroupScore
 from carv_attrib.scores import BandScores
 from carv_attrib.store import FeatureStore, Record, label_name
@@ -71,7 +71,7 @@ class Groups:
         return tuple(sorted(found, key=lambda group: -group.score))
 
 
-def read_groups(store: FeatureStore, group_by: str, dataset: Callable[[], ExampleDataset]) -> Groups:
+def read_groups(store: FeatureStore, group_by: str, dataset: Callable[[], ExampleDataset | JoinedExamples]) -> Groups:
     """Return the groups of an index.
 
     Args:

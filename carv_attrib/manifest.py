@@ -59,10 +59,7 @@ def open_or_create(
         **identity,
         "teacher": {**identity["teacher"], "source": teacher.source, "condition": teacher.condition_kind},
         "dataset": {
-            **identity["dataset"],
-            "source": examples.source,
-            "columns": examples.columns,
-            "label_names": examples.label_names,
+            **describe_dataset(examples),
             "resize_rule": RESIZE_RULE,
             "pixels": asdict(teacher.pixel_spec),
         },
@@ -77,6 +74,17 @@ def open_or_create(
         **({"plan": plan} if plan else {}),
     }
     return FeatureStore.create(output, manifest), estimator
+
+
+def describe_dataset(examples: ExampleDataset) -> dict[str, Any]:
+    """Return what a manifest says of a data set."""
+    return {
+        "fingerprint": examples.fingerprint,
+        "num_examples": len(examples),
+        "source": examples.source,
+        "columns": examples.columns,
+        "label_names": examples.label_names,
+    }
 
 
 def restore_estimator(teacher: Teacher, manifest: Mapping[str, Any], micro_batch: int | None = None) -> Estimator:

@@ -25,7 +25,7 @@ from carv_attrib.manifest import open_or_create
 from carv_attrib.memory import less_memory
 from carv_attrib.planning import PlanKind, check_plan, follow_plan, starting_config
 from carv_attrib.progress import progress
-from carv_attrib.store import FeatureStore, PartFeatures, Record, concatenate
+from carv_attrib.store import FeatureStore, PartFeatures, Record, Segment, concatenate
 from carv_attrib.teacher import Teacher, loaded_placement
 from carv_attrib.teachers import load_teacher
 from carv_attrib.threads import in_background
@@ -77,26 +77,33 @@ def featurize(
             config = FeaturizeConfig.from_flat({**planned["settings"], **settings})
         store, estimator = open_or_create(teacher, examples, output, config, planned)
         with store.writing():
-            write_parts(store, estimator, examples, config.execution)
-            ensure_index(store)
+            write_parts(store, estimator, examples, config.execution, store.segments[0])
+            if not store.missing_parts():  # as a shard leaves, and an append that was stopped
+                ensure_index(store)
     return store
 
 
 def write_parts(
-    store: FeatureStore, estimator: Estimator, examples: ExampleDataset, execution: ExecutionConfig
+    store: FeatureStore,
+    estimator: Estimator,
+    examples: ExampleDataset,
+    execution: ExecutionConfig,
+    segment: Segment,
 ) -> None:
-    """Compute and write every part that is missing."""
-    folder, part_size = execution.latent_cache, store.manifest["config"]["part_size"]
-    cache = LatentCache.open(folder, estimator, examples, part_size) if folder else None
-    parts = {part: store.part_rows(part) for part in store.missing_parts()}
-    done = len(examples) - sum(map(len, parts.values()))
+    """Compute and write every part of a segment, or of a shard of it, that is missing."""
+    folder, first = execution.latent_cache, segment.first_part
+    cache = LatentCache.open(folder, estimator, examples, segment.part_size) if folder else None
+    wanted = execution.shard_of(segment.parts)
+    missing = set(store.missing_parts())
+    parts = {part - first: segment.rows(part) for part in wanted if part in missing}
+    total = sum(len(segment.rows(part)) for part in wanted)
     with (
-        progress("featurize", len(examples), done) as advance,
+        progress("featurize", total, total - sum(map(len, parts.values()))) as advance,
         in_background(store.write_part) as write_part,
         closing(encoded_parts(estimator, examples, parts, execution, cache)) as encoded,
     ):
         for part, batches in encoded:
-            write_part(part, *featurize_part(estimator, batches, advance))
+            write_part(first + part, *featurize_part(estimator, batches, advance))
 
 
 def featurize_part(

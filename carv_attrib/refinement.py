@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from carv_attrib.batches import encode_batch, read_batch
 from carv_attrib.config import DataConfig, FeaturizeConfig, check_at_least
-from carv_attrib.data import ExampleDataset, open_dataset
+from carv_attrib.data import ExampleDataset, JoinedExamples, open_dataset
 from carv_attrib.errors import ArgumentError, StoreMismatchError
 from carv_attrib.estimator import Encoded, Estimator, average_bands, check_finite
 from carv_attrib.kernel import KernelKind
@@ -23,6 +24,8 @@ from carv_attrib.store import FeatureStore
 
 if TYPE_CHECKING:
     import datasets
+
+DatasetLike: TypeAlias = "str | Path | datasets.Dataset"
 
 NUM_REFERENCES = 100
 """Examples whose fresh draws feed the kernel of a refined score."""
@@ -76,24 +79,39 @@ class Refinement:
         return self.target_se is not None and bool(found.standard_errors[0, shown].max() <= self.target_se)
 
 
-def reopen_dataset(dataset: str | Path | datasets.Dataset, manifest: Mapping[str, Any]) -> ExampleDataset:
-    """Return the data set that an index was made from.
+def reopen_dataset(
+    dataset: DatasetLike | Sequence[DatasetLike] | None, manifest: Mapping[str, Any]
+) -> ExampleDataset | JoinedExamples:
+    """Return the data set that an index was made from, with those that were appended.
+
+    Args:
+        dataset: where it lies now; a list, if data sets were appended and moved; None: where they were.
+        manifest: of the index.
 
     Raises:
+        ArgumentError: for more data sets than there are.
         DataError: if it cannot be read.
         StoreMismatchError: if it is another.
     """
-    config = manifest["config"]
-    examples = open_dataset(dataset, **{name: config[name] for name in DataConfig.__dataclass_fields__})
-    if examples.fingerprint != manifest["dataset"]["fingerprint"]:
-        raise StoreMismatchError(
-            f"the index was made from another data set ({manifest['dataset']['source']}), not from {examples.source}; "
-            "their fingerprints differ. Give the first as `dataset`."
-        )
-    return examples
+    config, entries = manifest["config"], [manifest["dataset"], *manifest.get("appended", ())]
+    given = dataset if isinstance(dataset, list | tuple) else [dataset]
+    if len(given) > len(entries):
+        raise ArgumentError(f"`dataset` must be at most as many as the index has (={len(entries)}), got {len(given)}.")
+    found = []
+    for entry, source in zip_longest(entries, given):
+        data = entry.get("data") or {name: config[name] for name in DataConfig.__dataclass_fields__}
+        where = entry["source"] if source is None else source
+        examples = open_dataset(where, first_id=entry.get("first_id", 0), **data)
+        if examples.fingerprint != entry["fingerprint"]:
+            raise StoreMismatchError(
+                f"the index was made from another data set ({entry['source']}), not from {examples.source}; "
+                "their fingerprints differ. Give the first as `dataset`."
+            )
+        found.append(examples)
+    return found[0] if len(found) == 1 else JoinedExamples(found)
 
 
-def encode_examples(estimator: Estimator, examples: ExampleDataset, ids: Sequence[int]) -> Encoded:
+def encode_examples(estimator: Estimator, examples: ExampleDataset | JoinedExamples, ids: Sequence[int]) -> Encoded:
     """Return the training examples with the given ids, read and encoded again.
 
     Raises:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,20 +15,24 @@ from jaxtyping import Float, Int64
 from PIL import Image
 from torch import Tensor
 
-from carv_attrib.data import ExampleDataset, to_pixels
+from carv_attrib.data import ExampleDataset, JoinedExamples, to_pixels
 from carv_attrib.errors import ArgumentError, StoreError
 from carv_attrib.estimator import Encoded, Estimator, average_bands, check_finite
 from carv_attrib.index import FeatureIndex, read_index_settings
 from carv_attrib.kernel import Damping, Kernel, KernelKind, ScoreKind, fit_kernel, load_kernel
 from carv_attrib.manifest import restore_estimator
-from carv_attrib.refinement import Refinement, choose_references, encode_examples, fresh_draws, reopen_dataset
+from carv_attrib.refinement import (
+    DatasetLike,
+    Refinement,
+    choose_references,
+    encode_examples,
+    fresh_draws,
+    reopen_dataset,
+)
 from carv_attrib.scores import BandScores, score_bands
 from carv_attrib.store import FeatureStore
 from carv_attrib.teacher import Teacher
 from carv_attrib.teachers import load_teacher
-
-if TYPE_CHECKING:
-    import datasets
 
 
 class Choice(NamedTuple):
@@ -62,7 +66,7 @@ class Scorer:
         store: FeatureStore,
         teacher: Teacher | str | Path,
         device: str,
-        dataset: str | Path | datasets.Dataset,
+        dataset: DatasetLike | Sequence[DatasetLike] | None,
     ) -> None:
         self.store = store
         self.settings = read_index_settings(store)
@@ -89,7 +93,7 @@ class Scorer:
         return restore_estimator(teacher, manifest, micro_batch=one_picture)
 
     @cached_property
-    def examples(self) -> ExampleDataset:
+    def examples(self) -> ExampleDataset | JoinedExamples:
         """The training examples, read again from the data set.
 
         Raises:

@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -57,6 +57,32 @@ def label_name(label: int | None, names: Sequence[str] | None) -> str | None:
     if label is None:
         return None
     return names[label] if names is not None and 0 <= label < len(names) else str(label)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A data set whose examples are in a store: the one that it was begun with, or one that was appended.
+
+    Attributes:
+        dataset: its entry in the manifest.
+        first_part: number of its first part.
+        part_size: rows of a part.
+    """
+
+    dataset: Mapping[str, Any]
+    first_part: int
+    part_size: int
+
+    @property
+    def parts(self) -> range:
+        """Numbers of its parts."""
+        num_parts = -(-int(self.dataset["num_examples"]) // self.part_size)
+        return range(self.first_part, self.first_part + num_parts)
+
+    def rows(self, part: int) -> range:
+        """Return the rows of the data set that a part covers."""
+        first = (part - self.first_part) * self.part_size
+        return range(first, min(first + self.part_size, int(self.dataset["num_examples"])))
 
 
 @dataclass(frozen=True)
@@ -128,15 +154,31 @@ class FeatureStore:
         own = ("features", "examples")
         if path.exists() and (not path.is_dir() or any(p.name not in own and p.name[0] != "." for p in path.iterdir())):
             raise StoreError(f"`output` {path} exists and is not an index; name a new or an empty folder.")
-        manifest = {"format": "carv-attrib index", "format_version": FORMAT_VERSION, **manifest}
+        store = FeatureStore(path, {"format": "carv-attrib index", "format_version": FORMAT_VERSION, **manifest})
         try:
             for name in own:
                 (path / name).mkdir(parents=True, exist_ok=True)
-            with atomic_file(path / "manifest.json") as temporary:
-                temporary.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+            store._write_manifest()
         except OSError as err:
             raise StoreError(f"`output` {path} cannot be written: {err.strerror}; choose another folder.") from err
-        return FeatureStore(path, manifest)
+        return store
+
+    def _write_manifest(self) -> None:
+        with atomic_file(self.path / "manifest.json") as temporary:
+            temporary.write_text(json.dumps(self.manifest, indent=1, sort_keys=True) + "\n")
+
+    def change_manifest(self, **entries: Any) -> None:
+        """Change entries of the manifest, on disk too, after the search index was taken away: it is of other examples.
+
+        Raises:
+            StoreError: if the folder cannot be written.
+        """
+        self.manifest = {**self.manifest, **entries}
+        try:
+            (self.path / "index.json").unlink(missing_ok=True)
+            self._write_manifest()
+        except OSError as err:
+            raise StoreError(f"{self.path} cannot be written: {err.strerror}; mend that, and run it again.") from err
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -156,6 +198,7 @@ class FeatureStore:
                 raise StoreError(f"another process is writing to {self.path}; wait for it, or stop it.") from err
             for leftover in self.path.rglob(".*.tmp"):
                 leftover.unlink()
+            self._finish_removal()
             yield
 
     def check_matches(self, requested: Mapping[str, Any]) -> None:
@@ -178,12 +221,25 @@ class FeatureStore:
     @property
     def num_parts(self) -> int:
         """Number of parts that a complete store has."""
-        return -(-int(self.manifest["dataset"]["num_examples"]) // int(self.manifest["config"]["part_size"]))
+        return self.segments[-1].parts.stop
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The data sets whose examples are in the store, in the order of their parts."""
+        size, found, first_part = int(self.manifest["config"]["part_size"]), [], 0
+        for dataset in (self.manifest["dataset"], *self.manifest.get("appended", ())):
+            found.append(Segment(dataset, first_part, size))
+            first_part = found[-1].parts.stop
+        return found
 
     def part_rows(self, part: int) -> range:
-        """Return the dataset rows that a part covers."""
-        size = int(self.manifest["config"]["part_size"])
-        return range(part * size, min((part + 1) * size, int(self.manifest["dataset"]["num_examples"])))
+        """Return the rows that a part covers, of the data set that it belongs to."""
+        return next(segment.rows(part) for segment in self.segments if part in segment.parts)
+
+    @property
+    def removed(self) -> frozenset[int]:
+        """Ids of the examples that were removed, and are not to come back."""
+        return frozenset(self.manifest.get("removed", ()))
 
     def missing_parts(self) -> list[int]:
         """Return the parts that are still to be computed."""
@@ -212,9 +268,20 @@ class FeatureStore:
             StoreError: if the disk is full or the folder cannot be written; nothing that was done is lost.
         """
         float16 = self.manifest["config"]["feature_dtype"] == "float16"
+        records = [record for record in records if record.id not in self.removed]
         features = features if features is not None else self._empty_part()
         values, scale = _to_float16(features.features) if float16 else (features.features, torch.ones(()))
         tensors = {"ids": features.ids, "features": values, "features_scale": scale}
+        self._write_files(part, self._without_removed(tensors), records)
+
+    def _without_removed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of a part without the rows of removed examples."""
+        if not self.removed:
+            return dict(tensors)
+        keep = torch.tensor([i not in self.removed for i in tensors["ids"].tolist()], dtype=torch.bool)
+        return {name: values[keep] if values.dim() else values for name, values in tensors.items()}
+
+    def _write_files(self, part: int, tensors: Mapping[str, Tensor], records: Sequence[Record]) -> None:
         tensors = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}  # unshared
         try:
             write_records(self.examples_path(part), records)
@@ -225,19 +292,49 @@ class FeatureStore:
                 f"part {part} cannot be written to {self.path}: {err}; mend that, and start again."
             ) from err
 
+    def remove(self, ids: Iterable[int]) -> None:
+        """Take examples out of the features and the records, for good: they are not made again either.
+
+        A removal that was stopped is finished when the store is next held for `writing`.
+
+        Raises:
+            StoreError: if the folder cannot be written.
+            StoreCorruptError: if a part is damaged.
+        """
+        self.change_manifest(removed=sorted(self.removed | set(ids)))
+        self._finish_removal()
+
+    def _finish_removal(self) -> None:
+        """Rewrite the parts that still have removed examples."""
+        if not self.removed:
+            return
+        for part in self.parts:
+            records = self.read_records(part)
+            kept = [record for record in records if record.id not in self.removed]
+            with self._open_part(part) as file:
+                stale = not self.removed.isdisjoint(file.get_tensor("ids").tolist())
+            if stale or len(kept) < len(records):
+                self._write_files(part, self._without_removed(self._read_tensors(part)), kept)
+        self.__dict__.pop("_part_ids", None)
+
     def read_part(self, part: int) -> PartFeatures:
         """Return the features of a part, in float32.
 
         Raises:
             StoreCorruptError: if the file is damaged or is not of this store's shape.
         """
+        tensors = self._read_tensors(part)
+        return PartFeatures(tensors["ids"], tensors["features"].float() * tensors["features_scale"])
+
+    def _read_tensors(self, part: int) -> dict[str, Tensor]:
+        """Return what the features file of a part holds, after a check of its checksum."""
         with self._open_part(part) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             if tensor_digest(tensors) != _checksum(file):
                 raise StoreCorruptError(
                     f"{self.features_path(part)} is damaged: its checksum does not match; delete it, featurize again."
                 )
-        return PartFeatures(tensors["ids"], tensors["features"].float() * tensors["features_scale"])
+        return {name: tensors[name] for name in ("ids", "features", "features_scale")}  # format 3 has more
 
     @cached_property
     def parts(self) -> list[int]:
@@ -303,7 +400,7 @@ class FeatureStore:
 
     def num_skipped(self) -> int:
         """Return how many examples have a record but no features."""
-        return sum(len(self.part_rows(part)) for part in self.parts) - len(self.ids)
+        return sum(len(self.part_rows(part)) for part in self.parts) - len(self.removed) - len(self.ids)
 
     def verify(self) -> list[str]:
         """Return one line for everything that is wrong: damaged, missing or inconsistent files."""
@@ -324,17 +421,17 @@ class FeatureStore:
         return problems
 
     def _empty_part(self) -> PartFeatures:
-        return PartFeatures(torch.empty(0, dtype=torch.int64), torch.empty(0, *self._feature_shape))
+        return PartFeatures(torch.empty(0, dtype=torch.int64), torch.empty(0, *self.feature_shape))
 
     @property
-    def _feature_shape(self) -> list[int]:
-        """Bands, replicates, dimensions."""
+    def feature_shape(self) -> list[int]:
+        """Bands, replicates and dimensions of the features of one example."""
         return [self.manifest["config"]["num_bands"], self.manifest["num_replicates"], self.manifest["proj_dim"]]
 
     @contextmanager
     def _open_part(self, part: int) -> Iterator[Any]:
         """Open a features file (memory-mapped) after a check of its shapes against the manifest."""
-        path, shape = self.features_path(part), self._feature_shape
+        path, shape = self.features_path(part), self.feature_shape
         try:
             with safe_open(path, framework="pt") as file:
                 if file.get_slice("features").get_shape()[1:] != shape:

@@ -8,9 +8,9 @@ Writes:   docs/benchmarks/lds/TASK/lds.json, and the table that it prints; score
 Methods are settings of `featurize` and of the query. Each is scored at every damping of a grid; the damping is chosen
 on the even subsets, and the odd ones are reported, for all methods alike. TRAK and D-TRAK run the code of `trak`
 (`lds_peers.py`); `lds_unprojected.py` has ours without a projection. What is equal is the teacher, the queries, the
-number of draws and, but for rows that say otherwise, 2,048 dimensions, the default of `trak` and ours. Mean over queries of the rank correlation over
-subsets; standard errors by a bootstrap over subsets and queries, and of the difference to the default by the same
-resamples.
+number of draws and, but for rows that say otherwise, 2,048 dimensions, the default of `trak` and ours. Mean over
+queries of the rank correlation over subsets; standard errors by a bootstrap over subsets and queries, and of the
+difference to the default by the same resamples.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Opening a dataset reads its columns, never its images: those are decoded one by 
 a bad one can name itself.
 """
 
-from carv_attrib.data.examples import Example, ExampleDataset
+from carv_attrib.data.examples import Example, ExampleDataset, JoinedExamples
 from carv_attrib.data.images import (
     RESIZE_RULE,
     PixelSpec,
@@ -20,6 +20,7 @@ __all__ = [
     "RESIZE_RULE",
     "Example",
     "ExampleDataset",
+    "JoinedExamples",
     "PixelSpec",
     "decode_image",
     "from_pixels",

@@ -52,7 +52,12 @@ class ExampleDataset:
     """
 
     def __init__(
-        self, rows: datasets.Dataset, columns: Mapping[str, str | None], source: str, folder: Path | None = None
+        self,
+        rows: datasets.Dataset,
+        columns: Mapping[str, str | None],
+        source: str,
+        folder: Path | None = None,
+        first_id: int = 0,
     ) -> None:
         """Read every column but the images; files of an image `folder` must lie inside it."""
         import datasets
@@ -65,7 +70,7 @@ class ExampleDataset:
             rows = rows.cast_column(self._image_column, datasets.Image(decode=False))
         self._cells = rows.select_columns([self._image_column])
         self._keys = _row_keys(_cell_paths(self._cells, self._image_column), folder)
-        self.ids = _read_ids(rows, columns["id"])
+        self.ids = _read_ids(rows, columns["id"], first_id)
         self._labels, self.label_names = _read_labels(rows, columns["label"])
         self._captions = _read_column(rows, columns["caption"])
         self.has_labels, self.has_captions = self._labels is not None, self._captions is not None
@@ -141,6 +146,36 @@ class ExampleDataset:
         return _read_file(path, key)
 
 
+class JoinedExamples:
+    """The examples of several data sets, one after the other; what is needed of an `ExampleDataset` to read them."""
+
+    def __init__(self, parts: Sequence[ExampleDataset]) -> None:
+        self._parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+        self.ids = np.concatenate([part.ids for part in parts])
+        self.label_names = parts[0].label_names
+        self.has_labels = all(part.has_labels for part in parts)
+        self.has_captions = all(part.has_captions for part in parts)
+
+    def key(self, row: int) -> str:
+        """The printable name of a row."""
+        part, own = self._locate(row)
+        return part.key(own)
+
+    def load(self, row: int) -> Example:
+        """Decode one row, as `ExampleDataset.load` does."""
+        part, own = self._locate(row)
+        return part.load(own)
+
+    def column(self, name: str) -> list[str]:
+        """Return any column as texts, as `ExampleDataset.column` does; every data set must have it."""
+        return [value for part in self._parts for value in part.column(name)]
+
+    def _locate(self, row: int) -> tuple[ExampleDataset, int]:
+        number = int(np.searchsorted(self._ends, row, side="right"))
+        return self._parts[number], row - int(self._ends[number]) + len(self._parts[number])
+
+
 def _read_file(path: str, key: str) -> bytes:
     try:
         if "://" not in path:
@@ -197,10 +232,10 @@ def _read_labels(rows: datasets.Dataset, column: str | None) -> tuple[list[int |
     return labels, names
 
 
-def _read_ids(rows: datasets.Dataset, column: str | None) -> np.ndarray:
+def _read_ids(rows: datasets.Dataset, column: str | None, first_id: int) -> np.ndarray:
     values = _read_column(rows, column)
     if values is None:
-        return np.arange(len(rows), dtype=np.int64)
+        return np.arange(first_id, first_id + len(rows), dtype=np.int64)
     if not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
         raise DataError(f"`id_column` must hold an integer in every row, column {column} does not; leave it out.")
     if max(values) > np.iinfo(np.int64).max:

@@ -45,8 +45,11 @@ def open_dataset(
     label_column: str | None = None,
     caption_column: str | None = None,
     id_column: str | None = None,
+    first_id: int = 0,
 ) -> ExampleDataset:
-    """The dataset at `source`, its columns found by type and name where they are not given; ids are row numbers.
+    """The dataset at `source`, its columns found by type and name where they are not given.
+
+    Ids are those of the `id_column`, or row numbers after `first_id`.
 
     `source` is "digits", a folder of images (sub-folders are labels, or splits if all of them are named so; with or
     without metadata.csv or .jsonl), a `save_to_disk` folder, a .parquet file, a hub id, or a `datasets.Dataset`.
@@ -64,7 +67,7 @@ def open_dataset(
         raise DataError(f"`dataset` must hold at least one row, {name} has none; check the source and the split.")
     given = {"image": image_column, "label": label_column, "caption": caption_column, "id": id_column}
     columns = _find_columns(rows, given)
-    return ExampleDataset(rows, columns, name, folder)
+    return ExampleDataset(rows, columns, name, folder, first_id)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from PIL import Image
 
 from carv_attrib.attributor import Attributor
 from carv_attrib.config import check_at_least
-from carv_attrib.data import ExampleDataset, open_dataset
+from carv_attrib.data import ExampleDataset, JoinedExamples, open_dataset
 from carv_attrib.errors import DataError, StoreMismatchError
 from carv_attrib.metrics import check_top_k, measured, ranks, resampled_means, spearman, top_k_overlap
 from carv_attrib.refinement import reopen_dataset
@@ -46,7 +46,7 @@ class Queries:
     kinds: Sequence[str] | None = None
 
     @staticmethod
-    def read(examples: ExampleDataset, rows: Sequence[int]) -> Queries:
+    def read(examples: ExampleDataset | JoinedExamples, rows: Sequence[int]) -> Queries:
         """Return some rows of a dataset.
 
         Raises:
@@ -194,7 +194,7 @@ def self_retrieval(
     check_top_k(top_k, len(attributor.ids))
     positions = _choose(attributor.ids, num_queries)
     manifest = attributor.store.manifest
-    examples = reopen_dataset(manifest["dataset"]["source"] if dataset is None else dataset, manifest)
+    examples = reopen_dataset(dataset, manifest)
     row_of = {id_: row for row, id_ in enumerate(examples.ids.tolist())}
     queries = Queries.read(examples, [row_of[id_] for id_ in attributor.ids[positions].tolist()])
     rank = ranks(queries.scores(attributor, **choice), np.array(positions))
