@@ -20,6 +20,7 @@ Encoding = Literal["mode", "sample"]
 Augmentation = Literal["none", "flip", "crop"]
 ProjectionKind = Literal["kronecker", "rademacher", "normal", "trak-basic", "trak-cuda"]
 FeatureDtype = Literal["float16", "float32"]
+Engine = Literal["local", "ray"]
 TeacherDtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
@@ -213,6 +214,8 @@ class ExecutionConfig:
         latent_cache: folder that keeps latents and conditions for other runs with the same encoder.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         channels_last: weights of convolutions with channels innermost: for some GPUs faster.
+        engine: where parts are made: in this process, or by Ray actors on this machine or the cluster of RAY_ADDRESS.
+        ray_workers: actors; by default one for each GPU of the cluster, or for each CPU.
         shard: I/N: only every Nth part, the first of them part I; then `merge` the shards.
     """
 
@@ -224,9 +227,14 @@ class ExecutionConfig:
     latent_cache: str | None = None
     gradient_checkpointing: bool = False
     channels_last: bool = False
+    engine: Engine = "local"
+    ray_workers: int | None = None
     shard: str | None = None
 
     def __post_init__(self) -> None:
+        check_choice("engine", self.engine, Engine)
+        if self.ray_workers is not None:
+            check_at_least("ray_workers", self.ray_workers, 1)
         if self.shard is not None:
             found = re.fullmatch(r"(\d+)/(\d+)", str(self.shard))
             if not found or int(found[1]) >= int(found[2]):

@@ -5,14 +5,16 @@ image -> encode once -> many cheap (timestep, noise) draws -> per-example gradie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from carv_attrib.actors import on_actors
 from carv_attrib.batches import check_columns
 from carv_attrib.config import ExecutionConfig, FeaturizeConfig, check_choice
 from carv_attrib.data import ExampleDataset, open_dataset
@@ -21,7 +23,7 @@ from carv_attrib.estimator import Estimator, average_bands, check_finite
 from carv_attrib.index import FeatureIndex, read_index_settings
 from carv_attrib.kernel import Damping, KernelKind, ScoreKind, fit_kernel
 from carv_attrib.latents import EncodedBatch, LatentCache, encoded_parts
-from carv_attrib.manifest import open_or_create
+from carv_attrib.manifest import open_or_create, restore_estimator
 from carv_attrib.memory import less_memory
 from carv_attrib.planning import PlanKind, check_plan, follow_plan, starting_config
 from carv_attrib.progress import progress
@@ -32,6 +34,8 @@ from carv_attrib.threads import in_background
 
 if TYPE_CHECKING:
     import datasets
+
+PartContent = tuple[PartFeatures | None, list[Record]]
 
 
 def featurize(
@@ -91,26 +95,74 @@ def write_parts(
     segment: Segment,
 ) -> None:
     """Compute and write every part of a segment, or of a shard of it, that is missing."""
-    folder, first = execution.latent_cache, segment.first_part
-    cache = LatentCache.open(folder, estimator, examples, segment.part_size) if folder else None
-    wanted = execution.shard_of(segment.parts)
-    missing = set(store.missing_parts())
+    first, wanted, missing = segment.first_part, execution.shard_of(segment.parts), set(store.missing_parts())
     parts = {part - first: segment.rows(part) for part in wanted if part in missing}
     total = sum(len(segment.rows(part)) for part in wanted)
+    make = make_parts_on_ray if execution.engine == "ray" else make_parts
     with (
         progress("featurize", total, total - sum(map(len, parts.values()))) as advance,
         in_background(store.write_part) as write_part,
-        closing(encoded_parts(estimator, examples, parts, execution, cache)) as encoded,
+        closing(make(estimator, examples, parts, execution, store.manifest, advance)) as made,
     ):
+        for part, content in made:
+            write_part(first + part, *content)
+
+
+def make_parts(
+    estimator: Estimator,
+    examples: ExampleDataset,
+    parts: Mapping[int, range],
+    execution: ExecutionConfig,
+    manifest: Mapping[str, Any],
+    advance: Callable[[int], None],
+) -> Generator[tuple[int, PartContent], None, None]:
+    """Yield every part, given by its rows of the data set, with its content."""
+    folder, part_size = execution.latent_cache, manifest["config"]["part_size"]
+    cache = LatentCache.open(folder, estimator, examples, part_size) if folder else None
+    with closing(encoded_parts(estimator, examples, parts, execution, cache)) as encoded:
         for part, batches in encoded:
-            write_part(first + part, *featurize_part(estimator, batches, advance))
+            yield part, featurize_part(estimator, batches, advance)
+
+
+def make_parts_on_ray(
+    estimator: Estimator,
+    examples: ExampleDataset,
+    parts: Mapping[int, range],
+    execution: ExecutionConfig,
+    manifest: Mapping[str, Any],
+    advance: Callable[[int], None],
+) -> Generator[tuple[int, PartContent], None, None]:
+    """Yield every part with its content, the same as `make_parts` does, from Ray actors and in any order."""
+    make_work = partial(PartWork, estimator.teacher.source, examples, execution, manifest)
+    made = on_actors(make_work, parts.items(), execution.ray_workers, gpu=execution.device != "cpu")
+    with closing(made):
+        for (part, rows), content in made:
+            yield part, content
+            advance(len(rows))
+
+
+class PartWork:
+    """What a Ray actor does; it loads the teacher for itself."""
+
+    def __init__(
+        self, teacher: str, examples: ExampleDataset, execution: ExecutionConfig, manifest: Mapping[str, Any]
+    ) -> None:
+        loaded = load_teacher(teacher, device=execution.device, dtype=manifest["config"]["dtype"])
+        self._estimator = restore_estimator(loaded, manifest)
+        self._examples, self._execution, self._manifest = examples, execution, manifest
+
+    def __call__(self, item: tuple[int, range]) -> PartContent:
+        """Return the content of one part."""
+        execution, parts = self._execution, dict([item])
+        with less_memory(self._estimator.teacher.denoiser, **execution.memory_savers):
+            made = make_parts(self._estimator, self._examples, parts, execution, self._manifest, lambda _: None)
+            ((_, content),) = made
+        return content
 
 
 def featurize_part(
-    estimator: Estimator,
-    batches: Iterable[EncodedBatch],
-    advance: Callable[[int], None],
-) -> tuple[PartFeatures | None, list[Record]]:
+    estimator: Estimator, batches: Iterable[EncodedBatch], advance: Callable[[int], None]
+) -> PartContent:
     """Return the features and the records of the batches of one part."""
     pieces, records = [], []
     for batch in batches:  # read ahead by threads, and encoded once, or found in the cache

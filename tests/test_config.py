@@ -77,6 +77,9 @@ def test_identity_leaves_out_what_only_changes_speed_and_survives_json() -> None
         "latent_cache",
         "gradient_checkpointing",
         "channels_last",
+        "engine",
+        "ray_workers",
+        "shard",
     }
     assert FeaturizeConfig.from_flat(identity).identity() == identity
 
