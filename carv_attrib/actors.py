@@ -64,8 +64,8 @@ def on_actors(
         raise err.cause from None
     except ray.exceptions.RayError as err:
         raise CarvError(
-            f"Ray lost a worker {RESTARTS + 1} times over ({type(err).__name__}), perhaps for want of memory; what is done "
-            "is kept: run the same again with fewer workers."
+            f"Ray lost a worker {RESTARTS + 1} times over ({type(err).__name__}), perhaps for want of memory; what is "
+            "done is kept: run the same again with fewer workers."
         ) from err
     finally:
         if started:

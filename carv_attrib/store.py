@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -188,14 +189,19 @@ class FeatureStore:
             StoreError: if another process is writing, or the folder cannot be written.
         """
         try:
-            lock = (self.path / ".lock").open("a")
+            lock = (self.path / ".lock").open("a+")
         except OSError as err:
             raise StoreError(f"{self.path} cannot be written: {err.strerror}; choose another folder.") from err
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as err:
-                raise StoreError(f"another process is writing to {self.path}; wait for it, or stop it.") from err
+                lock.seek(0)
+                writer = lock.read(200).strip() or "another process"
+                raise StoreError(f"{writer} is writing to {self.path}; wait for it, or stop it.") from err
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            lock.flush()
             for leftover in self.path.rglob(".*.tmp"):
                 leftover.unlink()
             self._finish_removal()
@@ -413,7 +419,12 @@ class FeatureStore:
                 features = self.read_part(part)
                 if not torch.isfinite(features.features).all():
                     raise StoreCorruptError(f"{self.features_path(part)} holds NaN or infinity.")
-                good = [record.id for record in self.read_records(part) if record.error is None]
+                records = self.read_records(part)
+                if not self.removed.isdisjoint(record.id for record in records):
+                    raise StoreCorruptError(
+                        f"{self.examples_path(part)} has removed examples; run `carv-attrib index`."
+                    )
+                good = [record.id for record in records if record.error is None]
                 if good != features.ids.tolist():
                     raise StoreCorruptError(f"{self.examples_path(part)} does not list the examples of its features.")
             except StoreCorruptError as err:

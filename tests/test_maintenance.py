@@ -192,6 +192,7 @@ def test_a_stopped_removal_is_finished(whole: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.undo()
     with pytest.raises(StoreError, match="has no index yet; run `carv-attrib index"):
         Attributor.open(whole)
+    assert any("part-000002.parquet has removed examples; run" in problem for problem in verify(whole))
     assert CliRunner().invoke(main, ["index", str(whole)]).exit_code == 0
     assert not {1, 58} & set(Attributor.open(whole).ids.tolist())
     assert verify(whole) == []
