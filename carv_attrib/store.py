@@ -202,10 +202,13 @@ class FeatureStore:
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             lock.flush()
-            for leftover in self.path.rglob(".*.tmp"):
-                leftover.unlink()
-            self._finish_removal()
-            yield
+            try:
+                for leftover in self.path.rglob(".*.tmp"):
+                    leftover.unlink()
+                self._finish_removal()
+                yield
+            finally:
+                lock.truncate(0)
 
     def check_matches(self, requested: Mapping[str, Any]) -> None:
         """Check that the store was made with the requested settings.
