@@ -48,7 +48,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "parts": f"{len(store.parts)} of {store.num_parts}",
         "bytes": sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file()),
         "teacher": manifest["teacher"]["source"],
-        "dataset": manifest["dataset"]["source"],
+        "dataset": ", ".join(segment.dataset["source"] for segment in store.segments),
+        "removed": len(store.removed),
         "attributed_layers": len(manifest["layers"]),
         "feature_shape": "{num_bands} bands x {num_replicates} halves x {proj_dim}".format(
             **manifest["config"] | manifest

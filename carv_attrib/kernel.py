@@ -65,10 +65,11 @@ class Kernel:
         """
         known = (self.eigenvectors * self.eigenvalues) @ self.eigenvectors.T
         # of other examples too, since there are few
-        first, second = (_second_moment(vectors[half::2, half::2]) for half in (0, 1))
-        auto_damping = choose_damping((first + known) / 2, (second + known) / 2)
+        halves = [vectors[half::2, half::2] for half in (0, 1)]
+        means = [_gram(side) / (side.shape[0] * side.shape[1]) for side in (*halves, vectors)]
+        first, second, both = ((mean + known) / 2 for mean in means)
         num_vectors = vectors.shape[0] * vectors.shape[1]
-        return decompose((_second_moment(vectors) + known) / 2 * num_vectors, num_vectors, self.kind, auto_damping)
+        return decompose(both * num_vectors, num_vectors, self.kind, choose_damping(first, second))
 
     def damping(self, damping: Damping) -> float:
         """Return lambda, relative to the mean eigenvalue: the given number, or what was chosen for `auto`.
@@ -104,7 +105,7 @@ class Kernel:
 
 
 def fit_kernel(store: FeatureStore, kind: KernelKind = "bands") -> Kernel:
-    """Return the kernel of a store: one pass in O(d^2) memory, one eigendecomposition in float64.
+    """Return the kernel of a store: one pass in O(d^2) memory, in float64.
 
     Raises:
         ArgumentError: for an unknown kind, or means of an index that holds none.
@@ -117,20 +118,22 @@ def fit_kernel(store: FeatureStore, kind: KernelKind = "bands") -> Kernel:
             "`kernel` means needs means over draws, but this index keeps every draw with the root of its weight; "
             "use `kernel` bands, or featurize with fewer `num_bands`."
         )
-    grams: list[Tensor] = [torch.zeros(()) for _ in range(3)]
+    halves: list[Tensor] = [torch.zeros(()), torch.zeros(())]
+    of_means: Tensor = torch.zeros(())
     num_vectors = 0
     for part in store.parts:
-        draws = store.read_part(part).features.double().flatten(1, 2)  # (examples, bands of replicates, d)
-        sides = [draws, draws[:, ::2], draws[:, 1::2]]
+        draws = store.read_part(part).features.double().flatten(1, 2)  # (examples, replicates of bands, d)
+        sides = [draws[:, ::2], draws[:, 1::2]]
         if kind == "means":
-            sides = [vectors.mean(1, keepdim=True) for vectors in sides]
-        flats = [vectors.flatten(0, 1) for vectors in sides]
-        grams = [gram + flat.T @ flat for gram, flat in zip(grams, flats, strict=True)]
-        num_vectors += len(flats[0])
+            sides = [side.mean(1, keepdim=True) for side in sides]
+            draws = draws.mean(1, keepdim=True)
+            of_means = of_means + _gram(draws)
+        halves = [half + _gram(side) for half, side in zip(halves, sides, strict=True)]
+        num_vectors += draws.shape[0] * draws.shape[1]
     if num_vectors == 0:
         raise StoreError(f"{store.path} holds no features yet; run featurize first.")
-    auto_damping = DEFAULT_DAMPING if _has_one_draw(store) else choose_damping(*grams[1:])
-    return decompose(grams[0], num_vectors, kind, auto_damping)
+    auto_damping = DEFAULT_DAMPING if _has_one_draw(store) else choose_damping(*halves)
+    return decompose(of_means if kind == "means" else halves[0] + halves[1], num_vectors, kind, auto_damping)
 
 
 def decompose(
@@ -177,10 +180,10 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _second_moment(vectors: Float64[Tensor, "examples vectors d"]) -> Float64[Tensor, "d d"]:
-    """Return the mean of outer products."""
+def _gram(vectors: Float64[Tensor, "examples vectors d"]) -> Float64[Tensor, "d d"]:
+    """Return the sum of outer products."""
     flat = vectors.flatten(0, 1)
-    return flat.T @ flat / len(flat)
+    return flat.T @ flat
 
 
 def _has_one_draw(store: FeatureStore) -> bool:

@@ -144,7 +144,7 @@ class CostModel:
             (rows, units.draw),
             (self.disk_bytes(config), units.byte),
             (linear, units.matrix_row),
-            (1, units.eigh),
+            (3, units.eigh),  # of H, and of each half of its draws for the damping
         ]
         return Measured(
             encode + sum(count * unit.value for count, unit in parts),
