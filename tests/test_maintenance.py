@@ -16,7 +16,7 @@ from carv_attrib import Attributor, featurize
 from carv_attrib.cli import main
 from carv_attrib.data import open_dataset
 from carv_attrib.ensemble import featurize_ensemble
-from carv_attrib.errors import ArgumentError, DataError, StoreError, StoreMismatchError
+from carv_attrib.errors import ArgumentError, DataError, StoreCorruptError, StoreError, StoreMismatchError
 from carv_attrib.inspection import verify
 from carv_attrib.maintenance import append, export, merge, remove
 from carv_attrib.store import FeatureStore
@@ -79,6 +79,10 @@ def test_examples_without_ids_are_numbered_on(
     assert store.ids.tolist() == list(range(23))
     records = store.find_records([20, 22])
     assert [records[i].label for i in (20, 22)] == [digits[row]["label"] for row in (0, 2)]
+    opened = Attributor.open(index, dataset=[digits_folder, digits.select(range(3)).remove_columns("id")], device="cpu")
+    refined = opened.query(digits[2]["image"], label=digits[2]["label"], top_k=23, refine=23, max_draws=8)
+    scores = dict(zip(refined.ids.tolist(), refined.scores, strict=True))
+    assert scores[22] == pytest.approx(scores[2], rel=1e-5)  # the same picture, read again from both data sets
 
 
 def test_a_stopped_append_goes_on(
@@ -174,6 +178,7 @@ def test_a_removed_example_does_not_come_back(
     FeatureStore.open(whole).features_path(0).unlink()
     featurize(dit_folder, digits, whole, id_column="id", **PLAIN)
     assert 1 not in FeatureStore.open(whole).ids
+    assert verify(whole) == []
     with pytest.raises(DataError, match="has, or had, an example 1 already"):
         append(whole, digits.select([0]), id_column="id")
 
@@ -246,6 +251,17 @@ def test_merged_shards_are_the_index_that_is_made_at_once(
     (tmp_path / "merged" / "features" / "part-000001.safetensors").unlink()
     merge(tmp_path / "merged", shards)
     assert verify(tmp_path / "merged") == []
+
+
+def test_a_damaged_shard_is_not_merged(tmp_path: Path, tiny_index: Path) -> None:
+    shutil.copytree(tiny_index, tmp_path / "shard")
+    file = tmp_path / "shard" / "features" / "part-000001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(StoreCorruptError, match="part-000001.safetensors is damaged: its checksum does not match"):
+        merge(tmp_path / "merged", [tmp_path / "shard"])
+    assert FeatureStore.open(tmp_path / "merged").missing_parts() == [1, 2]
 
 
 def test_shards_of_other_settings_are_not_merged(
