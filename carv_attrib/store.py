@@ -324,7 +324,8 @@ class FeatureStore:
                 stale = not self.removed.isdisjoint(file.get_tensor("ids").tolist())
             if stale or len(kept) < len(records):
                 self._write_files(part, self._without_removed(self._read_tensors(part)), kept)
-        self.__dict__.pop("_part_ids", None)
+        for cached in ("parts", "_part_ids"):  # the writer adds parts to these
+            self.__dict__.pop(cached, None)
 
     def read_part(self, part: int) -> PartFeatures:
         """Return the features of a part, in float32.

@@ -303,6 +303,11 @@ def test_a_window_of_timesteps_scores_its_bands_only(
         np.testing.assert_allclose(result.scores, np.sort(expected)[::-1], rtol=1e-6)
         np.testing.assert_allclose(result.scores, expected[result.ids], rtol=1e-6)
         assert result.settings["timesteps"] == f"{window[0]}:{window[1]}"
+    scorer, choice = attributor.members[0], Choice("preconditioned", "bands", "auto")
+    features = scorer.features(scorer.encode([image], [label]))
+    for band in range(2):
+        candidates = scorer.candidates(features, choice, 3, slice(band, band + 1), opponents=False)
+        assert set(candidates) == set(np.argsort(-bands[band])[:3])
     plain = attributor.query(image, label=label, top_k=20)
     np.testing.assert_allclose([match.bands for match in plain.proponents], bands[:, plain.ids].T, rtol=1e-6)
     refined = attributor.query(image, label=label, top_k=5, timesteps=(0, 50), refine=5, max_draws=8)

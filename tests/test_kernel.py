@@ -302,6 +302,15 @@ def test_automatic_damping_is_that_of_equation_9_prime(store: FeatureStore, draw
     )
 
 
+def test_a_refined_kernel_compares_halves_of_the_examples_and_of_their_draws(store: FeatureStore) -> None:
+    kernel = fit_kernel(store)
+    vectors = torch.randn(6, 4, DIM, generator=torch.Generator().manual_seed(1)).double()
+    known = kernel.eigenvectors @ kernel.eigenvalues.diag() @ kernel.eigenvectors.T
+    sides = [torch.cat([vectors[i, half::2] for i in range(half, 6, 2)]) for half in (0, 1)]
+    expected = choose_damping(*(side.T @ side / len(side) + known for side in sides))
+    assert kernel.refined(vectors).auto_damping == pytest.approx(expected, rel=1e-9)
+
+
 def test_one_draw_leaves_the_damping_as_it_was(tmp_path: Path, store: FeatureStore) -> None:
     manifest = store.manifest | {"config": store.manifest["config"] | {"num_bands": 1}, "num_replicates": 1}  # type: ignore[operator]
     single = FeatureStore.create(tmp_path / "single", manifest)
