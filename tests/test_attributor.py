@@ -164,8 +164,8 @@ def test_a_result_says_what_it_was_made_with_and_what_it_cost(
     assert (result.settings["score"], result.settings["num_draws"]) == ("preconditioned", 4)
     assert result.settings["damping"] == fit_kernel(attributor.store).auto_damping
     assert result.cost["network_evaluations"] == 4
-    assert result.proponents[0].key == "0/000.png"
-    assert result.proponents[0].label == "0"
+    record = attributor.store.find_records(result.ids[:1].tolist())[int(result.ids[0])]
+    assert (result.proponents[0].key, result.proponents[0].label) == (record.key, record.key[0])
     assert result.proponents[0].thumbnail.startswith(b"\x89PNG")
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 
 import carv_attrib
 from carv_attrib.errors import ArgumentError, CarvError
-from carv_attrib.report import Match, QueryResult, render_html, result_table, write_html
+from carv_attrib.report import GroupScore, Match, QueryResult, render_html, result_table, write_html
 from carv_attrib.report.formatting import format_error, format_number, visible
 
 MARKUP = """</script><script>alert(1)</script><img src=http://evil.test/x.png onerror="x"> '[bold red]hi[/]"""
@@ -59,9 +59,17 @@ def result(**fields: object) -> QueryResult:
     return QueryResult(**values | fields)  # type: ignore[arg-type]
 
 
+def group(name: str = "Ada", share: float | None = 0.123, error: float | None = 0.0245) -> GroupScore:
+    known = error is not None
+    ends = (0.0, 0.2) if known else (None, None)
+    return GroupScore(name, 12, 4.5, 0.5 if known else None, *ends, share, error, *ends)
+
+
 def hostile() -> QueryResult:
     bad = match(key=HOSTILE, label=HOSTILE, caption=HOSTILE)
-    return result(query=HOSTILE, condition=HOSTILE, proponents=(bad,), settings={HOSTILE: HOSTILE})
+    return result(
+        query=HOSTILE, condition=HOSTILE, proponents=(bad,), settings={HOSTILE: HOSTILE}, groups=(group(HOSTILE),)
+    )
 
 
 def terminal_text(answer: QueryResult, width: int = 200) -> str:
@@ -430,3 +438,16 @@ def test_import_loads_no_renderer() -> None:
     folder = str(Path(carv_attrib.__file__).parent)
     done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_groups_are_shown_with_shares_and_errors() -> None:
+    answer = result(groups=(group(), group("Bob", None, None)))
+    text = terminal_text(answer)
+    assert [line.split() for line in text.splitlines() if "Ada" in line or "Bob" in line] == [
+        "12.3 % ± 2.5 % 4.50 ± 0.50 12 Ada".split(),
+        "n/a 4.50 ± n/a 12 Bob".split(),
+    ]
+    page = render_html([answer])
+    assert "12.3 % ± 2.5 % of positive scores; sum 4.50 ± 0.50 (12 examples)" in page
+    shares = [row["share"] for row in answer.to_dict()["groups"]]
+    assert shares == [0.123, None]
