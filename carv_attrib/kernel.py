@@ -57,19 +57,15 @@ class Kernel:
         rotated = features.double() @ self.eigenvectors
         return rotated if self.kind == "bands" else rotated.mean(-3, keepdim=True)
 
-    def refined(self, vectors: Float64[Tensor, "examples vectors d"]) -> Kernel:
-        """Return the kernel of scores that have other draws than this one's, from those draws of a few examples.
+    def exchanged(self, old: Float64[Tensor, "examples vectors d"], new: Float64[Tensor, "examples vectors d"]) -> Kernel:
+        """Return the kernel with the vectors of a few examples exchanged for as many others; `auto` stays what it was.
 
-        Gradients are whitened well only by an H that has seen the same draws; of few examples it is noisy. So H is the
-        mean of both.
+        An example's own vectors are in H, and make its score smaller. So scores of new vectors take an H that holds
+        those, or the examples could not be compared with each other as they were.
         """
         known = (self.eigenvectors * self.eigenvalues) @ self.eigenvectors.T
-        # of other examples too, since there are few
-        halves = [vectors[half::2, half::2] for half in (0, 1)]
-        means = [_gram(side) / (side.shape[0] * side.shape[1]) for side in (*halves, vectors)]
-        first, second, both = ((mean + known) / 2 for mean in means)
-        num_vectors = vectors.shape[0] * vectors.shape[1]
-        return decompose(both * num_vectors, num_vectors, self.kind, choose_damping(first, second))
+        gram = known * self.num_vectors - _gram(old) + _gram(new)
+        return decompose(gram, self.num_vectors, self.kind, self.auto_damping)
 
     def damping(self, damping: Damping) -> float:
         """Return lambda, relative to the mean eigenvalue: the given number, or what was chosen for `auto`.

@@ -24,7 +24,6 @@ from carv_attrib.manifest import restore_estimator
 from carv_attrib.refinement import (
     DatasetLike,
     Refinement,
-    choose_references,
     encode_examples,
     fresh_draws,
     reopen_dataset,
@@ -75,8 +74,6 @@ class Scorer:
         self._dataset = dataset
         self._kernels: dict[KernelKind, Kernel] = {}
         self._indexes: dict[Choice, FeatureIndex] = {}
-        self._encoded_references: Encoded | None = None
-        self._references: dict[int, Tensor] = {}
 
     @cached_property
     def estimator(self) -> Estimator:
@@ -222,27 +219,25 @@ class Scorer:
     ) -> tuple[BandScores, int]:
         """Return scores with more draws of a query and of candidates, and the network evaluations that they took.
 
-        The draws are the same for the query, the candidates and the references, whose draws the kernel is made of.
+        The draws are the same for the query and the candidates; the kernel has the candidates' in place of what the
+        index has of them.
         """
         ids = self.store.ids[positions].tolist()
         estimator = replace(self.estimator, micro_batch=self.store.manifest["micro_batch"])
-        preconditioned = choice.score.startswith("preconditioned")
         encoded = encode_examples(estimator, self.examples, ids)
-        query, train = query[:, window], self.store.read_features(positions.tolist())[:, window]
-        kernel, vectors, evaluations = self.kernel(choice.kernel), [], 0
+        old = self.store.read_features(positions.tolist())
+        kernel, train, evaluations = self.kernel(choice.kernel), old, 0
         rounds = refinement.max_draws // estimator.config.num_draws - 1
         for number in range(rounds):
-            query = torch.cat([query, fresh_draws(estimator, asked.encoded, asked.ids, number)[:, window]], dim=2)
-            train = torch.cat([train, fresh_draws(estimator, encoded, ids, number)[:, window]], dim=2)
+            query = torch.cat([query, fresh_draws(estimator, asked.encoded, asked.ids, number)], dim=2)
+            train = torch.cat([train, fresh_draws(estimator, encoded, ids, number)], dim=2)
             evaluations += estimator.config.draws_per_example * (1 + len(ids))
-            if preconditioned:
-                evaluations += self._draw_references(estimator, number)
-                vectors.append(self._references[number])
             if not refinement.target_se and number < rounds - 1:
                 continue
-            if preconditioned:
-                kernel = self.kernel(choice.kernel).refined(torch.cat(vectors, dim=1).double())
-            found = self.score(query, train, choice, kernel)
+            if choice.score.startswith("preconditioned"):
+                new = train.unflatten(2, (-1, old.shape[2])).mean(2)
+                kernel = self.kernel(choice.kernel).exchanged(*(x.double().flatten(1, 2) for x in (old, new)))
+            found = self.score(query[:, window], train[:, window], choice, kernel)
             if refinement.is_enough(found):
                 break
         return found, evaluations
@@ -257,17 +252,6 @@ class Scorer:
         elif choice not in self._indexes:
             self._indexes[choice] = FeatureIndex.build(self.store, kernel, score=choice.score, damping=choice.damping)
         return self._indexes[choice]
-
-    def _draw_references(self, estimator: Estimator, number: int) -> int:
-        """Keep the draws of a round of the references, the same for all queries; return the evaluations it took."""
-        if number in self._references:
-            return 0
-        ids = choose_references(self.store)
-        if self._encoded_references is None:
-            self._encoded_references = encode_examples(estimator, self.examples, ids)
-        features = fresh_draws(estimator, self._encoded_references, ids, number)
-        self._references[number] = features.flatten(1, 2)
-        return estimator.config.draws_per_example * len(ids)
 
 
 def _query_id(pixels: Tensor) -> int:

@@ -302,13 +302,15 @@ def test_automatic_damping_is_that_of_equation_9_prime(store: FeatureStore, draw
     )
 
 
-def test_a_refined_kernel_compares_halves_of_the_examples_and_of_their_draws(store: FeatureStore) -> None:
+def test_exchanged_vectors_are_those_of_a_kernel_that_never_had_the_old(store: FeatureStore) -> None:
     kernel = fit_kernel(store)
-    vectors = torch.randn(6, 4, DIM, generator=torch.Generator().manual_seed(1)).double()
-    known = kernel.eigenvectors @ kernel.eigenvalues.diag() @ kernel.eigenvectors.T
-    sides = [torch.cat([vectors[i, half::2] for i in range(half, 6, 2)]) for half in (0, 1)]
-    expected = choose_damping(*(side.T @ side / len(side) + known for side in sides))
-    assert kernel.refined(vectors).auto_damping == pytest.approx(expected, rel=1e-9)
+    features = store.read_features(range(len(store.ids))).double().flatten(1, 2)
+    new = torch.randn(6, *features.shape[1:], generator=torch.Generator().manual_seed(1)).double()
+    exchanged = kernel.exchanged(features[:6], new)
+    flat = torch.cat([new, features[6:]]).flatten(0, 1)
+    found = exchanged.eigenvectors @ exchanged.eigenvalues.diag() @ exchanged.eigenvectors.T
+    torch.testing.assert_close(found, flat.T @ flat / len(flat))
+    assert (exchanged.num_vectors, exchanged.auto_damping) == (kernel.num_vectors, kernel.auto_damping)
 
 
 def test_one_draw_leaves_the_damping_as_it_was(tmp_path: Path, store: FeatureStore) -> None:
