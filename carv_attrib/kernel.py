@@ -57,15 +57,23 @@ class Kernel:
         rotated = features.double() @ self.eigenvectors
         return rotated if self.kind == "bands" else rotated.mean(-3, keepdim=True)
 
-    def exchanged(self, old: Float64[Tensor, "examples vectors d"], new: Float64[Tensor, "examples vectors d"]) -> Kernel:
-        """Return the kernel with the vectors of a few examples exchanged for as many others; `auto` stays what it was.
+    def refined(
+        self,
+        old: Float64[Tensor, "examples vectors d"],
+        new: Float64[Tensor, "examples vectors d"],
+        references: Float64[Tensor, "references vectors d"],
+    ) -> Kernel:
+        """Return the kernel for scores of new draws, with which a few examples have new vectors (eq. (11)).
 
-        An example's own vectors are in H, and make its score smaller. So scores of new vectors take an H that holds
-        those, or the examples could not be compared with each other as they were.
+        The new vectors take the place of the old. All other examples count as they did, half by what is known of them,
+        half by the new draws of some of them, the references. `auto` stays what it was.
         """
         known = (self.eigenvectors * self.eigenvalues) @ self.eigenvectors.T
-        gram = known * self.num_vectors - _gram(old) + _gram(new)
-        return decompose(gram, self.num_vectors, self.kind, self.auto_damping)
+        others = known * self.num_vectors - _gram(old)
+        if len(references):
+            share = (self.num_vectors - old.shape[0] * old.shape[1]) / (references.shape[0] * references.shape[1])
+            others = (others + share * _gram(references)) / 2
+        return decompose(_gram(new) + others, self.num_vectors, self.kind, self.auto_damping)
 
     def damping(self, damping: Damping) -> float:
         """Return lambda, relative to the mean eigenvalue: the given number, or what was chosen for `auto`.

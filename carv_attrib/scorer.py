@@ -24,6 +24,7 @@ from carv_attrib.manifest import restore_estimator
 from carv_attrib.refinement import (
     DatasetLike,
     Refinement,
+    choose_references,
     encode_examples,
     fresh_draws,
     reopen_dataset,
@@ -74,6 +75,8 @@ class Scorer:
         self._dataset = dataset
         self._kernels: dict[KernelKind, Kernel] = {}
         self._indexes: dict[Choice, FeatureIndex] = {}
+        self._encoded_references: Encoded | None = None
+        self._references: dict[int, Tensor] = {}
 
     @cached_property
     def estimator(self) -> Estimator:
@@ -219,12 +222,14 @@ class Scorer:
     ) -> tuple[BandScores, int]:
         """Return scores with more draws of a query and of candidates, and the network evaluations that they took.
 
-        The draws are the same for the query and the candidates; the kernel has the candidates' in place of what the
-        index has of them.
+        The draws are the same for the query, the candidates and the references, of whose draws the kernel is made too.
         """
         ids = self.store.ids[positions].tolist()
         estimator = replace(self.estimator, micro_batch=self.store.manifest["micro_batch"])
+        preconditioned = choice.score.startswith("preconditioned")
         encoded = encode_examples(estimator, self.examples, ids)
+        references = choose_references(self.store)
+        others = torch.tensor([i not in ids for i in references])
         old = self.store.read_features(positions.tolist())
         kernel, train, evaluations = self.kernel(choice.kernel), old, 0
         rounds = refinement.max_draws // estimator.config.num_draws - 1
@@ -232,11 +237,14 @@ class Scorer:
             query = torch.cat([query, fresh_draws(estimator, asked.encoded, asked.ids, number)], dim=2)
             train = torch.cat([train, fresh_draws(estimator, encoded, ids, number)], dim=2)
             evaluations += estimator.config.draws_per_example * (1 + len(ids))
+            if preconditioned:
+                evaluations += self._draw_references(estimator, references, number)
             if not refinement.target_se and number < rounds - 1:
                 continue
-            if choice.score.startswith("preconditioned"):
-                new = train.unflatten(2, (-1, old.shape[2])).mean(2)
-                kernel = self.kernel(choice.kernel).exchanged(*(x.double().flatten(1, 2) for x in (old, new)))
+            if preconditioned:
+                new = train.unflatten(2, (-1, old.shape[2])).mean(2)  # over rounds
+                drawn = torch.stack([self._references[n] for n in range(-1, number + 1)]).mean(0)[others]
+                kernel = self.kernel(choice.kernel).refined(*(x.double().flatten(1, 2) for x in (old, new, drawn)))
             found = self.score(query[:, window], train[:, window], choice, kernel)
             if refinement.is_enough(found):
                 break
@@ -252,6 +260,17 @@ class Scorer:
         elif choice not in self._indexes:
             self._indexes[choice] = FeatureIndex.build(self.store, kernel, score=choice.score, damping=choice.damping)
         return self._indexes[choice]
+
+    def _draw_references(self, estimator: Estimator, references: Sequence[int], number: int) -> int:
+        """Keep the draws of a round of the references, the same for all queries; return the evaluations it took."""
+        if number in self._references:
+            return 0
+        if self._encoded_references is None:
+            self._encoded_references = encode_examples(estimator, self.examples, references)
+            rows = {int(i): row for row, i in enumerate(self.store.ids)}
+            self._references[-1] = self.store.read_features([rows[i] for i in references])  # of the index
+        self._references[number] = fresh_draws(estimator, self._encoded_references, references, number)
+        return estimator.config.draws_per_example * len(references)
 
 
 def _query_id(pixels: Tensor) -> int:

@@ -302,15 +302,15 @@ def test_automatic_damping_is_that_of_equation_9_prime(store: FeatureStore, draw
     )
 
 
-def test_exchanged_vectors_are_those_of_a_kernel_that_never_had_the_old(store: FeatureStore) -> None:
+def test_a_refined_kernel_has_new_vectors_in_place_of_the_old(store: FeatureStore) -> None:
     kernel = fit_kernel(store)
     features = store.read_features(range(len(store.ids))).double().flatten(1, 2)
     new = torch.randn(6, *features.shape[1:], generator=torch.Generator().manual_seed(1)).double()
-    exchanged = kernel.exchanged(features[:6], new)
+    refined = kernel.refined(features[:6], new, new[:0])  # all references are candidates
     flat = torch.cat([new, features[6:]]).flatten(0, 1)
-    found = exchanged.eigenvectors @ exchanged.eigenvalues.diag() @ exchanged.eigenvectors.T
+    found = refined.eigenvectors @ refined.eigenvalues.diag() @ refined.eigenvectors.T
     torch.testing.assert_close(found, flat.T @ flat / len(flat))
-    assert (exchanged.num_vectors, exchanged.auto_damping) == (kernel.num_vectors, kernel.auto_damping)
+    assert (refined.num_vectors, refined.auto_damping) == (kernel.num_vectors, kernel.auto_damping)
 
 
 def test_one_draw_leaves_the_damping_as_it_was(tmp_path: Path, store: FeatureStore) -> None:

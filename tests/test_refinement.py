@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from carv_attrib import Attributor, featurize
 from carv_attrib.data import open_dataset
 from carv_attrib.errors import ArgumentError, DataError, StoreMismatchError
-from carv_attrib.refinement import encode_examples, fresh_draws
+from carv_attrib.refinement import choose_references, encode_examples, fresh_draws
 from tests.conftest import SETTINGS
 
 
@@ -29,25 +30,35 @@ def picture(digits_folder: Path) -> Path:
 
 
 def test_refined_scores_are_those_of_all_draws_together(attributor: Attributor, picture: Path) -> None:
-    """Equation (11) by hand: means over replicates of all rounds, and an H with the candidates' own new vectors."""
+    """Equation (11) by hand: means over replicates of all rounds, and an H of the new draws and of the index."""
     refined = attributor.query(picture, label=1, top_k=10, refine=10, max_draws=12, damping=0.5)
     estimator, store = attributor.estimator, attributor.store
     scorer = attributor.members[0]
     asked = scorer.encode([Image.open(picture)], [1])
-    encoded = encode_examples(estimator, open_dataset(store.manifest["dataset"]["source"]), refined.ids.tolist())
-    query, train = [scorer.features(asked)], [store.read_features(refined.ids.tolist())]
+    encoded = encode_examples(estimator, open_dataset(store.manifest["dataset"]["source"]), store.ids.tolist())
+    query, train = [scorer.features(asked)], [store.read_features(range(len(store.ids)))]
     for number in range(2):
         query.append(fresh_draws(estimator, asked.encoded, asked.ids, number))
-        train.append(fresh_draws(estimator, encoded, refined.ids.tolist(), number))
+        train.append(fresh_draws(estimator, encoded, store.ids.tolist(), number))
     q, t = (torch.cat(x, dim=2).mean(2).double() for x in (query, train))
-    vectors = store.read_features(range(len(store.ids))).double()
-    vectors[refined.ids] = (sum(train) / 3).double()
-    flat = vectors.flatten(0, 2)
-    hessian = flat.T @ flat / len(flat)
+    candidates = [store.ids.tolist().index(i) for i in refined.ids]
+    references = [row for row, i in enumerate(store.ids) if i in choose_references(store) and row not in candidates]
+    others = [row for row in range(len(store.ids)) if row not in candidates]
+    old, new = train[0].double(), (sum(train) / 3).double()
+
+    def moment(vectors: Tensor) -> Tensor:
+        flat = vectors.flatten(0, 2)
+        return flat.T @ flat / len(flat)
+
+    share = len(others) / len(store.ids)
+    hessian = (1 - share) * moment(new[candidates]) + share * (moment(old[others]) + moment(new[references])) / 2
     damped = hessian + 0.5 * torch.trace(hessian) / len(hessian) * torch.eye(len(hessian)).double()
-    expected = torch.stack([q[0, b] @ torch.linalg.solve(damped, t[:, b].T) for b in range(2)]).mean(0)
+    expected = torch.stack([q[0, b] @ torch.linalg.solve(damped, t[candidates, b].T) for b in range(2)]).mean(0)
     np.testing.assert_allclose(refined.scores, expected, rtol=1e-4, atol=1e-6)
-    assert refined.cost["network_evaluations"] == 4 + 2 * 4 * (1 + 10)
+    assert refined.cost["network_evaluations"] == 4 + 2 * 4 * (1 + 10 + len(choose_references(store)))
+    again = attributor.query(picture, label=1, top_k=10, refine=10, max_draws=12, damping=0.5)
+    assert again.cost["network_evaluations"] == 4 + 2 * 4 * (1 + 10)  # the references' draws are kept
+    np.testing.assert_array_equal(again.scores, refined.scores)
 
 
 def test_fresh_draws_are_new_in_each_round_and_shared_between_examples(attributor: Attributor, picture: Path) -> None:
