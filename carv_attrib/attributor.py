@@ -19,6 +19,7 @@ from carv_attrib.ensemble import member_folders
 from carv_attrib.errors import ArgumentError, StoreMismatchError
 from carv_attrib.estimator import Estimator
 from carv_attrib.groups import read_groups
+from carv_attrib.index import NUM_CANDIDATES
 from carv_attrib.kernel import Damping, KernelKind, ScoreKind
 from carv_attrib.refinement import DatasetLike, Refinement
 from carv_attrib.report import Match, QueryResult
@@ -29,9 +30,6 @@ from carv_attrib.teacher import Teacher
 
 ImageLike = str | Path | Image.Image
 TeacherLike = Teacher | str | Path
-
-NUM_CANDIDATES = 200
-"""Examples from the index, at least, that are scored exactly and compete for the top."""
 
 
 class Attributor:

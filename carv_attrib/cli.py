@@ -8,16 +8,19 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 import click
 
 from carv_attrib.config import COMPONENTS, read_config_file
-from carv_attrib.errors import CarvError
+from carv_attrib.errors import ArgumentError, CarvError
 from carv_attrib.evaluate_cli import evaluate
 from carv_attrib.maintenance import ExportFormat
 from carv_attrib.options import AS_INDEXED, INDEX, score_options
 from carv_attrib.progress import quiet_libraries
+
+if TYPE_CHECKING:
+    from carv_attrib.index import SearchSettings
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -174,17 +177,33 @@ def plan(config: Path | None, plot: Path | None, as_json: bool, **flags: Any) ->
 @main.command()
 @INDEX
 @score_options("preconditioned", "bands", "auto")
-def index(index: Path, **choices: Any) -> None:
+@click.option("--factory", help="FAISS factory string, or auto. [default: Flat; auto with --target-recall]")
+@click.option(
+    "--target-recall", type=float, help="Choose how it is searched so that it finds this share of the top 10."
+)
+@click.option("--queries", help="Pictures to measure recall on: folder, .parquet file, hub id. [default: examples]")
+@click.option("--teacher", help="Where the teacher lies now, if it was moved; for --queries.")
+@click.option("--device", default="auto", show_default=True, help="Of the teacher; for --queries.")
+def index(
+    index: Path, queries: str | None, teacher: str | None, device: str, target_recall: float | None, **choices: Any
+) -> None:
     """Fit the kernel of INDEX and build its search index, for one score."""
     from carv_attrib.ensemble import member_folders
     from carv_attrib.pipeline import build_index
+    from carv_attrib.recall import query_features
     from carv_attrib.store import FeatureStore
 
+    if queries and target_recall is None:
+        raise ArgumentError("`queries` is what recall is measured on; give --target-recall too.")
     for folder in member_folders(index):
         store = FeatureStore.open(folder)
+        features = query_features(store, queries, teacher, device) if queries else None
         with store.writing():
-            build_index(store, **{name: value for name, value in choices.items() if value is not None})
+            given = {name: value for name, value in choices.items() if value is not None}
+            built = build_index(store, target_recall=target_recall, queries=features, **given)
         click.echo(f"{len(store.ids)} examples indexed in {folder}")
+        if target_recall:
+            click.echo(_describe_search(built.settings.search, target_recall))
 
 
 @main.command()
@@ -366,6 +385,17 @@ def _settings(config: Path | None, flags: dict[str, Any], needed: tuple[str, ...
     if missing := [name for name in needed if name not in settings]:
         raise click.UsageError(f"missing --{missing[0]}; give it as a flag or in --config.")
     return settings
+
+
+def _describe_search(search: SearchSettings, target_recall: float) -> str:
+    """Return a line on how an index is searched, and how well that finds what exact search does."""
+    recall, error = search.recall or (float("nan"),) * 2
+    how = " ".join([search.factory, search.parameters]).strip()
+    short = "" if recall >= target_recall - error else f"; below {target_recall:g}: try --factory with a finer code"
+    return (
+        f"{how}, {search.candidates} candidates: recall@10 {recall:.3f} ± {error:.3f}, "
+        f"{search.milliseconds} ms a query{short}"
+    )
 
 
 def _print_top_self(index: Path, num: int, as_json: bool) -> None:

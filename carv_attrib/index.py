@@ -3,25 +3,60 @@
 An example is stored as `(Lambda + lambda_0 I)^{-1/2} U^T g_ib / sqrt(B)`, its bands one after the other, so that the
 inner product with a query treated alike is the score of eq. (9). Another lambda, or none, changes the query's vector
 only; a cosine needs an index of its own, of vectors of length one.
+
+Vectors may be compressed, by any FAISS factory string: the index only finds candidates, whose scores are computed from
+the store. It lies in several files, so that making it takes the memory of one.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int64
+import torch
+from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
-from carv_attrib.errors import StoreCorruptError, StoreError
+from carv_attrib.errors import ArgumentError, StoreCorruptError, StoreError
 from carv_attrib.kernel import Damping, Kernel, KernelKind, ScoreKind
+from carv_attrib.seeding import choose_positions, stream_key
 from carv_attrib.store import FeatureStore, atomic_file, file_digest
 
-FILES = ("kernel.safetensors", "index.faiss")
-"""Files that belong to an index, besides `index.json`, which is written last and has their sizes and checksums."""
+KERNEL_FILE = "kernel.safetensors"
+NUM_CANDIDATES = 200
+"""Examples from the index, at least, that are scored exactly and compete for the top."""
+SHARD_BYTES = 2**30
+"""Of compressed vectors in a file of the index, about."""
+TRAINING_BYTES = 2**29
+"""Of the vectors that a compressed index is trained on, at most."""
+PER_CENTROID = 39
+"""Training vectors that FAISS wants for each centroid at least."""
+_EXACT_UP_TO = 20_000
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How candidates are found.
+
+    Attributes:
+        factory: FAISS factory string.
+        parameters: for searching, as FAISS's `ParameterSpace` reads them: `nprobe=16`, `efSearch=64`, or nothing.
+        candidates: how many are scored at least.
+        recall: share of the ten largest scores that are among the candidates, and its standard error, as measured
+            when the parameters were chosen.
+        milliseconds: of finding and reading the candidates of one query, the median then.
+    """
+
+    factory: str = "Flat"
+    parameters: str = ""
+    candidates: int = NUM_CANDIDATES
+    recall: tuple[float, float] | None = None
+    milliseconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -33,12 +68,14 @@ class IndexSettings:
         kernel: the kernel's kind.
         damping: lambda_0, relative to the mean eigenvalue; or auto.
         features_sha256: of the checksums of all parts, in the order of the store.
+        search: how candidates are found.
     """
 
     score: ScoreKind
     kernel: KernelKind
     damping: Damping
     features_sha256: str
+    search: SearchSettings = field(default_factory=SearchSettings)
 
     def serves(self, score: ScoreKind, kernel: KernelKind, damping: Damping) -> bool:
         """Return whether an index built so can be searched for this score."""
@@ -48,29 +85,77 @@ class IndexSettings:
 
 
 class FeatureIndex:
-    """Whitened features in a FAISS inner-product index; positions are those of `FeatureStore.ids`."""
+    """Whitened features in FAISS inner-product indexes; positions are those of `FeatureStore.ids`."""
 
-    def __init__(self, settings: IndexSettings, kernel: Kernel, faiss_index: Any) -> None:
+    def __init__(self, settings: IndexSettings, kernel: Kernel, shards: list[Any]) -> None:
+        """Join shards, each a FAISS index of the examples after those of the one before."""
+        import faiss
+
         self.settings = settings
         self._kernel = kernel
-        self._faiss = faiss_index
-        self._sqrt_inverse = kernel.inverse(settings.score, settings.damping).sqrt()
+        self._whiten = _Whitening(settings, kernel)
+        self._shards = shards  # IndexShards does not keep them alive
+        make: Any = faiss.IndexShards  # whose stub lacks arguments
+        self._faiss = make(shards[0].d, False, True)  # one after the other, positions counted on
+        parameters: Any = faiss.ParameterSpace()
+        for shard in shards:
+            if settings.search.parameters:
+                parameters.set_index_parameters(shard, settings.search.parameters)
+            self._faiss.add_shard(shard)
 
     @staticmethod
     def build(store: FeatureStore, kernel: Kernel, *, score: ScoreKind, damping: Damping) -> FeatureIndex:
-        """Return the index of all features of a store for one score.
+        """Return the exact index of all features of a store for one score, in memory.
 
         Raises:
             ArgumentError: for damping that is not positive.
         """
+        settings = IndexSettings(score, kernel.kind, damping, store.digest())
+        return FeatureIndex(settings, kernel, list(_make_shards(store, _Whitening(settings, kernel), "Flat")))
+
+    @staticmethod
+    def write(
+        store: FeatureStore, kernel: Kernel, *, score: ScoreKind, damping: Damping, factory: str = "Flat"
+    ) -> FeatureIndex:
+        """Write the kernel and the shards to a store's folder; `finish` makes them an index.
+
+        Args:
+            store: of the features, which are read part by part.
+            kernel: to whiten them.
+            score: that the inner products are to be.
+            damping: lambda_0, relative to the mean eigenvalue, or auto.
+            factory: FAISS factory string; `auto`: exact for few examples, else an inverted file of products quantised
+                to 4 bits for each 4 dimensions.
+
+        Raises:
+            ArgumentError: for damping that is not positive, or a factory string that FAISS does not take.
+        """
         import faiss
 
-        settings = IndexSettings(score, kernel.kind, damping, store.digest())
+        for old in (store.path / "index.json", *store.path.glob("index*.faiss")):
+            old.unlink(missing_ok=True)  # files of two runs must never look like those of one
+        kernel.save(store.path / KERNEL_FILE)
         bands = store.manifest["config"]["num_bands"] if kernel.kind == "bands" else 1
-        index = FeatureIndex(settings, kernel, faiss.IndexFlatIP(bands * len(kernel.eigenvalues)))
-        for part in store.parts:
-            index._faiss.add(index._whiten(kernel.banded(store.read_part(part).features.mean(2, keepdim=True))))
-        return index
+        factory = choose_factory(len(store.ids), bands * len(kernel.eigenvalues)) if factory == "auto" else factory
+        settings = IndexSettings(score, kernel.kind, damping, store.digest(), SearchSettings(factory))
+        files = []
+        for number, shard in enumerate(_make_shards(store, _Whitening(settings, kernel), factory)):
+            files.append(store.path / f"index-{number:05d}.faiss")
+            with atomic_file(files[-1]) as temporary:
+                faiss.write_index(shard, str(temporary))
+        return FeatureIndex(settings, kernel, [_read_shard(file) for file in files])
+
+    def finish(self, folder: Path, search: SearchSettings | None = None) -> FeatureIndex:
+        """Write `index.json`, with the sizes and checksums of the files in a folder; return the index as it is then."""
+        settings = replace(self.settings, search=search or self.settings.search)
+        files = _files(folder)
+        content = asdict(settings) | {
+            "bytes": {file.name: file.stat().st_size for file in files},
+            "sha256": {file.name: file_digest(file) for file in files},
+        }
+        with atomic_file(folder / "index.json") as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
+        return self.searched(settings.search)
 
     def search(
         self,
@@ -88,30 +173,18 @@ class FeatureIndex:
             damping: lambda of the score, which may differ from the index's.
             top_k: how many; at most the number of examples.
 
+        Returns:
+            Positions; -1 in the place of those that a compressed index did not find.
+
         Raises:
             StoreCorruptError: if a vector is not a number.
         """
-        inverse = self._kernel.inverse(score, damping)
-        vectors = query.mean(2) * inverse / self._sqrt_inverse / query.shape[1] ** 0.5
+        vectors = self._whiten.query(query, self._kernel.inverse(score, damping))
         positions: np.ndarray
-        _, positions = self._faiss.search(vectors.flatten(1).float().numpy(), min(top_k, self._faiss.ntotal))
-        if (positions < 0).any():
+        _, positions = self._faiss.search(vectors, min(top_k, len(self)))
+        if (positions < 0).all(1).any() or (self.settings.search.factory == "Flat" and (positions < 0).any()):
             raise StoreCorruptError("the search index holds NaN; run `carv-attrib index` again.")
         return positions
-
-    def save(self, folder: Path) -> None:
-        """Write the kernel, `index.faiss` and, with their sizes and checksums, `index.json` to a store's folder."""
-        import faiss
-
-        (folder / "index.json").unlink(missing_ok=True)  # files of two runs must never look like those of one
-        self._kernel.save(folder / "kernel.safetensors")
-        with atomic_file(folder / "index.faiss") as temporary:
-            faiss.write_index(self._faiss, str(temporary))
-        sizes = {name: (folder / name).stat().st_size for name in FILES}
-        checksums = {name: file_digest(folder / name) for name in FILES}
-        settings = asdict(self.settings) | {"bytes": sizes, "sha256": checksums}
-        with atomic_file(folder / "index.json") as temporary:
-            temporary.write_text(json.dumps(settings, indent=1) + "\n")
 
     @staticmethod
     def load(store: FeatureStore, kernel: Kernel) -> FeatureIndex:
@@ -122,33 +195,155 @@ class FeatureIndex:
             StoreCorruptError: if it is damaged.
         """
         settings = read_index_settings(store)
-        path = store.path / "index.faiss"
+        way_out = f"run `carv-attrib index {store.path}`"
+        shards = []
+        for file in _files(store.path)[1:]:
+            try:
+                shards.append(_read_shard(file))
+            except RuntimeError as err:
+                raise StoreCorruptError(f"{file} is damaged: FAISS cannot read it; {way_out}.") from err
+        index = FeatureIndex(settings, kernel, shards)
+        if len(index) != len(store.ids):
+            raise StoreCorruptError(f"the search index in {store.path} has {len(index)} examples; {way_out}.")
+        return index
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return int(self._faiss.ntotal)
+
+    def inner_products(
+        self, query: Float64[Tensor, "queries bands replicates d"], train: Float[Tensor, "train bands replicates d"]
+    ) -> Float32[np.ndarray, "queries train"]:
+        """Return the inner products of queries, rotated as for `search`, and features, of which the index is made."""
+        inverse = self._kernel.inverse(self.settings.score, self.settings.damping)
+        found: np.ndarray = self._whiten.query(query, inverse) @ self._whiten(train).T
+        return found
+
+    def searched(self, search: SearchSettings) -> FeatureIndex:
+        """Return the same index, searched in another way from now on."""
+        return FeatureIndex(replace(self.settings, search=search), self._kernel, self._shards)
+
+    def parameter_choices(self) -> list[str]:
+        """Return parameters of a search, from the fastest to the most thorough."""
         import faiss
 
-        way_out = f"run `carv-attrib index {store.path}`"
-        try:
-            faiss_index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-        except RuntimeError as err:
-            raise StoreCorruptError(f"{path} is damaged: FAISS cannot read it; {way_out}.") from err
-        if faiss_index.ntotal != len(store.ids):
-            raise StoreCorruptError(f"{path} is damaged: it has {faiss_index.ntotal} examples; {way_out}.")
-        return FeatureIndex(settings, kernel, faiss_index)
+        shard = faiss.downcast_index(self._shards[0])
+        if isinstance(shard, faiss.IndexPreTransform):
+            shard = faiss.downcast_index(shard.index)
+        if isinstance(shard, faiss.IndexIVF):
+            return [f"nprobe={2**i}" for i in range(int(np.log2(shard.nlist)) + 1)]
+        if isinstance(shard, faiss.IndexHNSW):
+            return [f"efSearch={2**i}" for i in range(4, 12)]
+        return [""]
 
-    def _whiten(self, features: Float64[Tensor, "train bands replicates d"]) -> Float32[np.ndarray, "train dims"]:
-        vectors = (features.mean(2) * self._sqrt_inverse).flatten(1)
-        if self.settings.score.endswith("cosine"):
+
+class _Whitening:
+    """What features become in an index."""
+
+    def __init__(self, settings: IndexSettings, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self._sqrt_inverse = kernel.inverse(settings.score, settings.damping).sqrt()
+        self._normalise = settings.score.endswith("cosine")
+
+    def __call__(self, features: Tensor) -> Float32[np.ndarray, "train dims"]:
+        banded = self._kernel.banded(features.mean(2, keepdim=True)).mean(2)
+        vectors = (banded * self._sqrt_inverse).flatten(1)
+        if self._normalise:
             vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp(min=1e-300)
         else:
-            vectors = vectors / features.shape[1] ** 0.5
+            vectors = vectors / banded.shape[1] ** 0.5
         whitened: np.ndarray = vectors.float().numpy()
         return whitened
+
+    def query(
+        self, query: Float64[Tensor, "queries bands replicates d"], inverse: Float64[Tensor, " d"]
+    ) -> Float32[np.ndarray, "queries dims"]:
+        """Return what rotated features of queries become, so that inner products are scores."""
+        vectors = query.mean(2) * inverse / self._sqrt_inverse / query.shape[1] ** 0.5
+        flat: np.ndarray = vectors.flatten(1).float().numpy()
+        return flat
+
+
+def choose_factory(num_examples: int, num_dims: int) -> str:
+    """Return a FAISS factory string for so many vectors: exact for few."""
+    if num_examples <= _EXACT_UP_TO or num_dims % 4:
+        return "Flat"
+    trained_on = min(num_examples, TRAINING_BYTES // (4 * num_dims))
+    num_lists = min(4 * num_examples**0.5, trained_on / PER_CENTROID)
+    return f"IVF{2 ** int(np.log2(num_lists))},PQ{num_dims // 4}x4fs"
+
+
+def _make_shards(store: FeatureStore, whiten: _Whitening, factory: str) -> Iterator[Any]:
+    """Yield FAISS indexes of the features of a store, each of about `SHARD_BYTES` at most.
+
+    Raises:
+        ArgumentError: for a factory string that FAISS does not take.
+    """
+    import faiss
+
+    parts = (whiten(store.read_part(part).features) for part in store.parts)
+    first = next(parts)
+    try:
+        empty = faiss.index_factory(first.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        if not empty.is_trained:
+            empty.train(_training_vectors(store, whiten, first.shape[1]))
+        size = _code_size(empty)
+    except RuntimeError as err:
+        raise ArgumentError(
+            f"`factory` must be a FAISS factory string for vectors of {first.shape[1]} dimensions and so many "
+            f"examples, such as Flat, HNSW32 or IVF256,SQfp16, got {factory}: {str(err).splitlines()[-1]}"
+        ) from err
+    shard = faiss.clone_index(empty)
+    for vectors in chain([first], parts):
+        if shard.ntotal and (shard.ntotal + len(vectors)) * size > SHARD_BYTES:
+            yield shard
+            shard = faiss.clone_index(empty)
+        shard.add(vectors)
+    yield shard
+
+
+def _training_vectors(store: FeatureStore, whiten: _Whitening, num_dims: int) -> Float32[np.ndarray, "sample dims"]:
+    """Return the vectors of a sample of examples, chosen by a hash of their ids."""
+    ids = torch.from_numpy(store.ids)
+    number = min(len(ids), TRAINING_BYTES // (4 * num_dims))
+    chosen = choose_positions(stream_key(0, "index"), ids, number).numpy()
+    chosen.sort()
+    pieces, first = [], 0
+    for part in store.parts:
+        content = store.read_part(part)
+        rows = chosen[(chosen >= first) & (chosen < first + len(content.ids))] - first
+        pieces.append(whiten(content.features[rows]))
+        first += len(content.ids)
+    return np.concatenate(pieces)
+
+
+def _code_size(index: Any) -> int:
+    """Return the bytes of a vector in a FAISS index; of graphs, those of their vectors alone."""
+    try:
+        return int(index.sa_code_size())
+    except RuntimeError:
+        return 4 * int(index.d)
+
+
+def _read_shard(file: Path) -> Any:
+    """Return a FAISS index, memory-mapped as far as FAISS can.
+
+    Raises:
+        RuntimeError: if FAISS cannot read it.
+    """
+    import faiss
+
+    try:
+        return faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
+    except RuntimeError:
+        return faiss.read_index(str(file), faiss.IO_FLAG_MMAP)
 
 
 def read_index_settings(store: FeatureStore, *, read_all: bool = False) -> IndexSettings:
     """Return what the index in a store's folder was built for, after checking that it is there and of this store.
 
-    Compared are the sizes of its files, and the kernel's checksum; with `read_all` also that of `index.faiss`, which
-    is as large as the features.
+    Compared are the sizes of its files, and the kernel's checksum; with `read_all` also those of the shards, which
+    may be as large as the features.
 
     Raises:
         StoreError: if there is none, or it is of other features.
@@ -160,15 +355,19 @@ def read_index_settings(store: FeatureStore, *, read_all: bool = False) -> Index
         raise StoreError(f"{store.path} has no index yet; {way_out}.")
     try:
         content = json.loads(path.read_text())
-        sizes, checksums = content.pop("bytes"), content.pop("sha256")
+        sizes, checksums, search = (content.pop(name) for name in ("bytes", "sha256", "search"))
         if content["kernel"] not in get_args(KernelKind):
             raise StoreError(f"the index in {store.path} has a kernel of an older version; {way_out}.")
-        settings = IndexSettings(**content)
-        for name in FILES:
-            file = store.path / name
-            if (size := file.stat().st_size) != sizes[name]:
-                raise StoreCorruptError(f"{file} is damaged: it has {size} bytes instead of {sizes[name]}; {way_out}.")
-            if (read_all or name != "index.faiss") and file_digest(file) != checksums[name]:
+        settings = IndexSettings(**content, search=SearchSettings(**search))
+        files = _files(store.path)
+        if (found := [file.name for file in files]) != [KERNEL_FILE, *sorted(set(sizes) - {KERNEL_FILE})]:
+            raise StoreCorruptError(f"{path} names other files than {', '.join(found)}; {way_out}.")
+        for file in files:
+            if (size := file.stat().st_size) != sizes[file.name]:
+                raise StoreCorruptError(
+                    f"{file} is damaged: it has {size} bytes instead of {sizes[file.name]}; {way_out}."
+                )
+            if (read_all or file.name == KERNEL_FILE) and file_digest(file) != checksums[file.name]:
                 raise StoreCorruptError(f"{file} is damaged: its checksum does not match; {way_out}.")
     except KeyError as err:
         raise StoreCorruptError(f"{path} has no {err}: it is damaged or of an older version; {way_out}.") from err
@@ -177,3 +376,8 @@ def read_index_settings(store: FeatureStore, *, read_all: bool = False) -> Index
     if settings.features_sha256 != store.digest():
         raise StoreError(f"the index in {store.path} is of other features; {way_out}.")
     return settings
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the files of an index in a folder, the kernel first."""
+    return [folder / KERNEL_FILE, *sorted(folder.glob("index-*.faiss"))]

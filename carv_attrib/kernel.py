@@ -50,12 +50,23 @@ class Kernel:
     num_vectors: int
     auto_damping: float = DEFAULT_DAMPING
 
+    def averaged(
+        self, features: Float64[Tensor, "*examples bands replicates d"]
+    ) -> Float64[Tensor, "*examples kept_bands replicates d"]:
+        """Return the features that this kernel scores: bands, or their mean as one band."""
+        return features if self.kind == "bands" else features.mean(-3, keepdim=True)
+
     def banded(
         self, features: Float[Tensor, "*examples bands replicates d"]
     ) -> Float64[Tensor, "*examples kept_bands replicates d"]:
-        """Return the features that this kernel scores, in its eigenbasis: bands, or their mean as one band."""
-        rotated = features.double() @ self.eigenvectors
-        return rotated if self.kind == "bands" else rotated.mean(-3, keepdim=True)
+        """Return the features that this kernel scores, in its eigenbasis."""
+        return self.averaged(features.double() @ self.eigenvectors)
+
+    def preconditioned(
+        self, features: Float[Tensor, "*examples bands replicates d"], inverse: Float64[Tensor, " d"]
+    ) -> Float64[Tensor, "*examples kept_bands replicates d"]:
+        """Return what scores are inner products of features with, from the diagonal that `inverse` returns."""
+        return self.banded(features) * inverse @ self.eigenvectors.T
 
     def refined(
         self,

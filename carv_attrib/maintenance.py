@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -252,7 +252,8 @@ def _choice_of(store: FeatureStore) -> dict[str, Any]:
         settings = read_index_settings(store)
     except StoreError:
         return {}
-    return {"score": settings.score, "kernel": settings.kernel, "damping": settings.damping}
+    search = replace(settings.search, recall=None, milliseconds=None)  # they were measured on other examples
+    return {"score": settings.score, "kernel": settings.kernel, "damping": settings.damping, "search": search}
 
 
 def _all_ids(store: FeatureStore) -> set[int]:

@@ -13,20 +13,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from carv_attrib.actors import on_actors
 from carv_attrib.batches import check_columns
 from carv_attrib.config import ExecutionConfig, FeaturizeConfig, check_choice
 from carv_attrib.data import ExampleDataset, open_dataset
-from carv_attrib.errors import StoreError
+from carv_attrib.errors import ArgumentError, StoreError
 from carv_attrib.estimator import Estimator, average_bands, check_finite
-from carv_attrib.index import FeatureIndex, read_index_settings
+from carv_attrib.index import FeatureIndex, SearchSettings, read_index_settings
 from carv_attrib.kernel import Damping, KernelKind, ScoreKind, fit_kernel
 from carv_attrib.latents import EncodedBatch, LatentCache, encoded_parts
 from carv_attrib.manifest import open_or_create, restore_estimator
 from carv_attrib.memory import less_memory
 from carv_attrib.planning import PlanKind, check_plan, follow_plan, starting_config
 from carv_attrib.progress import progress
+from carv_attrib.recall import choose_search
 from carv_attrib.store import FeatureStore, PartFeatures, Record, Segment, concatenate
 from carv_attrib.teacher import Teacher, loaded_placement
 from carv_attrib.teachers import load_teacher
@@ -191,17 +193,38 @@ def build_index(
     score: ScoreKind = "preconditioned",
     kernel: KernelKind = "bands",
     damping: Damping = "auto",
+    factory: str | None = None,
+    target_recall: float | None = None,
+    queries: Tensor | None = None,
+    search: SearchSettings | None = None,
 ) -> FeatureIndex:
     """Fit the kernel of a store, build its FAISS index for one score, and write both.
 
+    Args:
+        store: of the features, which are read part by part.
+        score: that the inner products are to be.
+        kernel: over bands, or means.
+        damping: lambda_0, relative to the mean eigenvalue, or auto.
+        factory: FAISS factory string, or auto, which depends on the number of examples; None: Flat, and auto with
+            `target_recall`.
+        target_recall: choose how it is searched so that it finds this share of the ten largest scores, in the mean.
+        queries: to measure recall on, from `recall.query_features`; None: examples of the index.
+        search: how it is searched, in place of choosing.
+
     Raises:
-        ArgumentError: for an unknown score or kernel, or damping that is not positive.
+        ArgumentError: for an unknown score, kernel or factory, damping that is not positive, or a recall that is not
+            in (0, 1].
         StoreError: if the store holds no features, or the index cannot be written.
     """
     check_choice("score", score, ScoreKind)
-    index = FeatureIndex.build(store, fit_kernel(store, kernel), score=score, damping=damping)
+    if target_recall is not None and not 0 < target_recall <= 1:
+        raise ArgumentError(f"`target_recall` must be above 0 and at most 1, got {target_recall}; 0.99 is usual.")
+    fitted = fit_kernel(store, kernel)
+    factory = factory or (search.factory if search else "auto" if target_recall else "Flat")
     try:
-        index.save(store.path)
+        index = FeatureIndex.write(store, fitted, score=score, damping=damping, factory=factory)
+        if target_recall:
+            search = choose_search(index, store, fitted, target_recall, queries)
+        return index.finish(store.path, search)
     except (OSError, RuntimeError, SafetensorError) as err:
         raise StoreError(f"the index cannot be written to {store.path}: {err}; mend that, and run it again.") from err
-    return index

@@ -183,22 +183,28 @@ class Scorer:
         windowed = torch.zeros_like(query)
         windowed[:, window] = query[:, window]
         banded, index = self.kernel(choice.kernel).banded(windowed), self._index(choice)
-        found = [
-            index.search(sign * banded, score=choice.score, damping=choice.damping, top_k=number)[0]
-            for sign in ((1, -1) if opponents else (1,))
-        ]
+        search = index.settings.search
+        wanted = number if search.factory == "Flat" else max(number, search.candidates)
+        found = []
+        for sign in (1, -1) if opponents else (1,):
+            positions = index.search(sign * banded, score=choice.score, damping=choice.damping, top_k=wanted)[0]
+            positions = positions[positions >= 0]
+            if len(positions) > number:
+                scores = sign * self.candidate_scores(query, positions, choice, window).scores[0].numpy()
+                positions = positions[np.argsort(-scores, kind="stable")[:number]]
+            found.append(positions)
         return np.unique(np.concatenate(found))
 
     def score(self, query: Tensor, train: Tensor, choice: Choice, kernel: Kernel | None = None) -> BandScores:
         """Return the scores of banded features, with the kernel of the index unless another is given."""
         kernel = kernel or self.kernel(choice.kernel)
-        return score_bands(
-            kernel.banded(query),
-            kernel.banded(train),
-            kernel.inverse(choice.score, choice.damping),
-            normalise=choice.score.endswith("cosine"),
-            independent=self.store.manifest["config"]["scheme"] != "iid",  # sorted iid draws have no independent halves
-        )
+        inverse = kernel.inverse(choice.score, choice.damping)
+        independent = self.store.manifest["config"]["scheme"] != "iid"  # sorted iid draws have no independent halves
+        if choice.score.endswith("cosine"):
+            query, train = kernel.banded(query), kernel.banded(train)
+            return score_bands(query, train, inverse, normalise=True, independent=independent)
+        query, train = kernel.preconditioned(query, inverse), kernel.averaged(train.double())  # examples: not rotated
+        return score_bands(query, train, torch.ones_like(inverse), independent=independent)
 
     def part_scores(self, query: Tensor, choice: Choice, window: slice = slice(None)) -> Iterator[BandScores]:
         """Yield the scores of all examples of each part, in the order of the store."""
@@ -242,7 +248,7 @@ class Scorer:
             if not refinement.target_se and number < rounds - 1:
                 continue
             if preconditioned:
-                new = train.unflatten(2, (-1, old.shape[2])).mean(2)  # over rounds
+                new = torch.unflatten(train, 2, (-1, old.shape[2])).mean(2)  # over rounds
                 drawn = torch.stack([self._references[n] for n in range(-1, number + 1)]).mean(0)[others]
                 kernel = self.kernel(choice.kernel).refined(*(x.double().flatten(1, 2) for x in (old, new, drawn)))
             found = self.score(query[:, window], train[:, window], choice, kernel)

@@ -94,7 +94,7 @@ def measure_faiss(path: Path, batch: int, repetitions: int) -> dict[str, list[fl
     """Return the quartiles of searches in the FAISS index of a folder, its own vectors being the queries."""
     import faiss
 
-    index = faiss.read_index(str(path / "index.faiss"))
+    index = faiss.read_index(str(path / "index-00000.faiss"))
     vectors = index.reconstruct_n(0, min(batch, index.ntotal))
     return {
         "FAISS alone, one": milliseconds(lambda: index.search(vectors[:1], TOP_K), repetitions),

@@ -72,7 +72,12 @@ def test_features_are_the_same_bits_on_ray(
     tmp_path: Path, dit_folder: Path, digits_folder: Path, tiny_index: Path
 ) -> None:
     featurize(dit_folder, digits_folder, tmp_path / "index", engine="ray", ray_workers=2, **SETTINGS)
-    for file in ("manifest.json", "features/part-000002.safetensors", "examples/part-000001.parquet", "index.faiss"):
+    for file in (
+        "manifest.json",
+        "features/part-000002.safetensors",
+        "examples/part-000001.parquet",
+        "index-00000.faiss",
+    ):
         assert (tmp_path / "index" / file).read_bytes() == (tiny_index / file).read_bytes(), file
 
 

@@ -60,7 +60,7 @@ def test_each_member_is_the_index_of_its_teacher_alone(
     index: Path, teachers: list[Path], digits_folder: Path, tmp_path: Path
 ) -> None:
     featurize(teachers[1], digits_folder, tmp_path / "alone", **SETTINGS)
-    for file in ("features/part-000000.safetensors", "kernel.safetensors", "index.faiss"):
+    for file in ("features/part-000000.safetensors", "kernel.safetensors", "index-00000.faiss"):
         assert (tmp_path / "alone" / file).read_bytes() == (index / "checkpoint-1" / file).read_bytes()
 
 

@@ -178,7 +178,7 @@ def test_a_cosine_is_served_by_its_own_index_only(store: FeatureStore) -> None:
 def test_an_index_comes_back_from_its_files(store: FeatureStore, draws: Tensor) -> None:
     kernel = fit_kernel(store)
     index = FeatureIndex.build(store, kernel, score="preconditioned", damping=0.2)
-    index.save(store.path)
+    FeatureIndex.write(store, kernel, score="preconditioned", damping=0.2).finish(store.path)
     query = kernel.banded(draws[:5].view(-1, BANDS, 2, DIM))
     options = {"score": "preconditioned", "damping": 0.2, "top_k": 7}
     np.testing.assert_array_equal(
@@ -189,16 +189,16 @@ def test_an_index_comes_back_from_its_files(store: FeatureStore, draws: Tensor) 
 def test_an_index_is_checked_before_it_is_read(store: FeatureStore) -> None:
     with pytest.raises(StoreError, match="has no index yet; run `carv-attrib index"):
         read_index_settings(store)
-    FeatureIndex.build(store, fit_kernel(store), score="dot", damping=0.2).save(store.path)
-    faiss_file = store.path / "index.faiss"
+    FeatureIndex.write(store, fit_kernel(store), score="dot", damping=0.2).finish(store.path)
+    faiss_file = store.path / "index-00000.faiss"
     whole = faiss_file.read_bytes()
     faiss_file.write_bytes(whole[:-1])
     with pytest.raises(
-        StoreCorruptError, match=rf"index.faiss is damaged: it has \d+ bytes instead of {len(whole)}; run"
+        StoreCorruptError, match=rf"index-00000.faiss is damaged: it has \d+ bytes instead of {len(whole)}; run"
     ):
         read_index_settings(store)
     faiss_file.write_bytes(whole[:-1] + b"x")
-    with pytest.raises(StoreCorruptError, match=r"index.faiss is damaged: its checksum does not match"):
+    with pytest.raises(StoreCorruptError, match=r"index-00000.faiss is damaged: its checksum does not match"):
         read_index_settings(store, read_all=True)
     faiss_file.write_bytes(whole)
     fit_kernel(store, "means").save(store.path / "kernel.safetensors")
@@ -212,7 +212,7 @@ def test_an_index_is_checked_before_it_is_read(store: FeatureStore) -> None:
 
 
 def test_the_kernel_over_draws_of_an_older_version_is_made_again(store: FeatureStore) -> None:
-    FeatureIndex.build(store, fit_kernel(store), score="dot", damping=0.2).save(store.path)
+    FeatureIndex.write(store, fit_kernel(store), score="dot", damping=0.2).finish(store.path)
     file = store.path / "index.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"kernel": "draws"}))
     with pytest.raises(StoreError, match="has a kernel of an older version; run `carv-attrib index"):
@@ -221,7 +221,7 @@ def test_the_kernel_over_draws_of_an_older_version_is_made_again(store: FeatureS
 
 def test_opening_an_index_does_not_read_its_vectors(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = fit_kernel(store)
-    FeatureIndex.build(store, kernel, score="dot", damping=0.2).save(store.path)
+    FeatureIndex.write(store, kernel, score="dot", damping=0.2).finish(store.path)
     digested = []
 
     def watched(path: Path) -> str:
@@ -233,20 +233,20 @@ def test_opening_an_index_does_not_read_its_vectors(store: FeatureStore, monkeyp
     assert digested == ["kernel.safetensors"]
     assert index.settings.score == "dot"
     maps = Path("/proc/self/maps")
-    assert not maps.exists() or str(store.path / "index.faiss") in maps.read_text()
+    assert not maps.exists() or str(store.path / "index-00000.faiss") in maps.read_text()
 
 
 def test_an_index_whose_writing_was_stopped_is_none(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes do not tell the files of two runs apart: without `index.json` there is no index."""
     kernel = fit_kernel(store)
-    FeatureIndex.build(store, kernel, score="dot", damping=0.2).save(store.path)
+    FeatureIndex.write(store, kernel, score="dot", damping=0.2).finish(store.path)
 
     def stop(path: Path) -> str:
         raise RuntimeError("stopped")
 
     monkeypatch.setattr("carv_attrib.index.file_digest", stop)
     with pytest.raises(RuntimeError, match="stopped"):
-        FeatureIndex.build(store, kernel, score="preconditioned", damping=0.2).save(store.path)
+        FeatureIndex.write(store, kernel, score="preconditioned", damping=0.2).finish(store.path)
     monkeypatch.undo()
     with pytest.raises(StoreError, match="has no index yet"):
         read_index_settings(store)
@@ -254,11 +254,11 @@ def test_an_index_whose_writing_was_stopped_is_none(store: FeatureStore, monkeyp
 
 def test_a_search_index_that_faiss_cannot_use_is_refused(store: FeatureStore) -> None:
     kernel = fit_kernel(store)
-    FeatureIndex.build(store, kernel, score="dot", damping=0.2).save(store.path)
-    file = store.path / "index.faiss"
+    FeatureIndex.write(store, kernel, score="dot", damping=0.2).finish(store.path)
+    file = store.path / "index-00000.faiss"
     whole = file.read_bytes()
     file.write_bytes(b"none" + whole[4:])
-    with pytest.raises(StoreCorruptError, match=r"index.faiss is damaged: FAISS cannot read it; run"):
+    with pytest.raises(StoreCorruptError, match=r"index-00000.faiss is damaged: FAISS cannot read it; run"):
         FeatureIndex.load(store, kernel)
     file.write_bytes(whole[:-4] + np.float32("nan").tobytes())
     query = kernel.banded(store.read_features(range(1)))
@@ -267,7 +267,7 @@ def test_a_search_index_that_faiss_cannot_use_is_refused(store: FeatureStore) ->
 
 
 def test_an_index_of_other_examples_is_refused(store: FeatureStore) -> None:
-    FeatureIndex.build(store, fit_kernel(store), score="dot", damping=0.2).save(store.path)
+    FeatureIndex.write(store, fit_kernel(store), score="dot", damping=0.2).finish(store.path)
     store.features_path(2).unlink()
     with pytest.raises(StoreError, match="is of other features; run featurize again to the end"):
         read_index_settings(FeatureStore.open(store.path))

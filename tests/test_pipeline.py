@@ -310,7 +310,7 @@ def test_a_failed_write_of_the_last_part_leaves_no_index(
     with pytest.raises(StoreError, match="part 2 cannot be written: No space left on device"):
         featurize(dit_folder, digits_folder, tmp_path / "index", **SETTINGS)
     assert not (tmp_path / "index" / "index.json").exists()
-    assert not (tmp_path / "index" / "index.faiss").exists()
+    assert not (tmp_path / "index" / "index-00000.faiss").exists()
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])
@@ -545,12 +545,12 @@ def test_an_index_is_built_again_when_features_changed_under_it(
 ) -> None:
     index = tmp_path / "index"
     shutil.copytree(tiny_index, index)
-    whole = {name: (index / name).read_bytes() for name in ("index.faiss", "index.json")}
+    whole = {name: (index / name).read_bytes() for name in ("index-00000.faiss", "index.json")}
     store = FeatureStore.open(index)
     part = store.read_part(1)
     store.write_part(1, replace(part, features=part.features * 0.1), store.read_records(1))
     featurize(dit_folder, digits_folder, index, **SETTINGS)
-    assert (index / "index.faiss").read_bytes() != whole["index.faiss"]
+    assert (index / "index-00000.faiss").read_bytes() != whole["index-00000.faiss"]
 
 
 def test_output_without_permission_is_one_line(tmp_path: Path, dit_folder: Path, digits_folder: Path) -> None:

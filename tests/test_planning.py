@@ -223,7 +223,7 @@ def test_the_disk_is_what_an_index_takes(tiny_index: Path) -> None:
     config = FeaturizeConfig.from_flat(SETTINGS)
     costs = planner({}, {}, num_examples=20).costs
     disk = replace(costs, proj_dim=48, units=replace(costs.units, record_bytes=0.0)).disk_bytes(config)
-    files = [tiny_index / "kernel.safetensors", tiny_index / "index.faiss", *tiny_index.glob("features/*")]
+    files = [tiny_index / "kernel.safetensors", tiny_index / "index-00000.faiss", *tiny_index.glob("features/*")]
     headers = 1500 * len(files)
     assert disk <= sum(file.stat().st_size for file in files) <= disk + headers
 

@@ -164,7 +164,7 @@ def test_records_without_features_do_not_count_as_done(tmp_path: Path, store: Fe
     assert FeatureStore.open(store.path).missing_parts() == [1]
 
 
-@pytest.mark.parametrize("name", ["somefile", "index.faiss"])
+@pytest.mark.parametrize("name", ["somefile", "index-00000.faiss"])
 def test_a_folder_that_holds_something_else_is_not_made_an_index(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("")
     with pytest.raises(StoreError, match=r"`output` .* exists and is not an index; name a new or an empty folder"):
