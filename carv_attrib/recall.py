@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -61,12 +60,19 @@ def choose_search(
     """
     sample = _sample(index, store, kernel, queries)
     halves = (slice(0, None, 2), slice(1, None, 2))
+    parameters = index.parameter_choices()
     tried: list[tuple[bool, float, SearchSettings]] = []
-    for settings in _grid(index):
-        trial = index.searched(settings)
-        recall, _, milliseconds = _measure(trial, store, sample, halves[0])
-        reached = recall >= target_recall
-        tried.append((reached, -milliseconds if reached else recall, settings))
+    for candidates in _CANDIDATES:
+        if candidates > max(NUM_CANDIDATES, len(index)):
+            break
+        for number, chosen in enumerate(parameters):
+            settings = SearchSettings(index.settings.search.factory, chosen, candidates)
+            recall, _, milliseconds = _measure(index.searched(settings), store, sample, halves[0])
+            if recall >= target_recall:
+                tried.append((True, -milliseconds, settings))
+                parameters = parameters[:number]  # more candidates pay only where fewer lists do then
+                break
+            tried.append((False, recall, settings))
     _, _, best = max(tried, key=lambda row: row[:2])
     recall, error, milliseconds = _measure(index.searched(best), store, sample, halves[1])
     return replace(best, recall=(round(recall, 4), round(error, 4)), milliseconds=round(milliseconds, 2))
@@ -116,15 +122,6 @@ def _sample(index: FeatureIndex, store: FeatureStore, kernel: Kernel, queries: T
         best_scores, order = scores.topk(min(TOP_K, scores.shape[1]), dim=1)
         best = torch.cat([best, positions.expand(len(own), -1)], dim=1).gather(1, order)
     return Sample(rotated, best.numpy(), own)
-
-
-def _grid(index: FeatureIndex) -> Iterator[SearchSettings]:
-    """Yield parameters to try, from the fastest to the most thorough."""
-    for candidates in _CANDIDATES:
-        if candidates > NUM_CANDIDATES and candidates > len(index):
-            return
-        for parameters in index.parameter_choices():
-            yield SearchSettings(index.settings.search.factory, parameters, candidates)
 
 
 def _measure(index: FeatureIndex, store: FeatureStore, sample: Sample, half: slice) -> tuple[float, float, float]:

@@ -158,7 +158,7 @@ def print_tables(results: Results) -> None:
         search, (low, middle, high) = cell["search"], cell["query_ms"]
         table.add_row(
             key.split("/")[0],
-            f"{search['factory']} {search['parameters']}, {search['candidates']} candidates",
+            f"{search['factory']} {search['parameters']}".strip(),
             f"{cell['build_seconds']:.1f}",
             f"{cell['peak_gigabytes']:.2f}",
             f"{cell['index_bytes'] / 1e6:,.0f}",
