@@ -389,9 +389,9 @@ def _settings(config: Path | None, flags: dict[str, Any], needed: tuple[str, ...
 
 def _describe_search(search: SearchSettings, target_recall: float) -> str:
     """Return a line on how an index is searched, and how well that finds what exact search does."""
-    recall, error = search.recall or (float("nan"),) * 2
     how = " ".join([search.factory, search.parameters]).strip()
-    short = "" if recall >= target_recall - error else f"; below {target_recall:g}: try --factory with a finer code"
+    recall, error = search.recall or 0.0, search.recall_error or 0.0
+    short = "" if recall + error >= target_recall else f"; below {target_recall:g}: try --factory with a finer code"
     return (
         f"{how}, {search.candidates} candidates: recall@10 {recall:.3f} ± {error:.3f}, "
         f"{search.milliseconds} ms a query{short}"

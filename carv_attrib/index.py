@@ -47,15 +47,17 @@ class SearchSettings:
         factory: FAISS factory string.
         parameters: for searching, as FAISS's `ParameterSpace` reads them: `nprobe=16`, `efSearch=64`, or nothing.
         candidates: how many are scored at least.
-        recall: share of the ten largest scores that are among the candidates, and its standard error, as measured
-            when the parameters were chosen.
+        recall: mean share of the ten largest scores that are among the candidates, as measured on queries when the
+            parameters were chosen.
+        recall_error: its standard error.
         milliseconds: of finding and reading the candidates of one query, the median then.
     """
 
     factory: str = "Flat"
     parameters: str = ""
     candidates: int = NUM_CANDIDATES
-    recall: tuple[float, float] | None = None
+    recall: float | None = None
+    recall_error: float | None = None
     milliseconds: float | None = None
 
 
@@ -196,13 +198,10 @@ class FeatureIndex:
         """
         settings = read_index_settings(store)
         way_out = f"run `carv-attrib index {store.path}`"
-        shards = []
-        for file in _files(store.path)[1:]:
-            try:
-                shards.append(_read_shard(file))
-            except RuntimeError as err:
-                raise StoreCorruptError(f"{file} is damaged: FAISS cannot read it; {way_out}.") from err
-        index = FeatureIndex(settings, kernel, shards)
+        try:
+            index = FeatureIndex(settings, kernel, [_read_shard(file) for file in _files(store.path)[1:]])
+        except RuntimeError as err:
+            raise StoreCorruptError(f"{store.path}/index-*.faiss is damaged: FAISS cannot read it; {way_out}.") from err
         if len(index) != len(store.ids):
             raise StoreCorruptError(f"the search index in {store.path} has {len(index)} examples; {way_out}.")
         return index
@@ -230,8 +229,11 @@ class FeatureIndex:
         shard = faiss.downcast_index(self._shards[0])
         if isinstance(shard, faiss.IndexPreTransform):
             shard = faiss.downcast_index(shard.index)
+        if isinstance(shard, faiss.IndexRefine):
+            shard = faiss.downcast_index(shard.base_index)
         if isinstance(shard, faiss.IndexIVF):
-            return [f"nprobe={2**i}" for i in range(int(np.log2(shard.nlist)) + 1)]
+            doubled = range(int(np.ceil(np.log2(shard.nlist))) + 1)
+            return [f"nprobe={min(2**i, shard.nlist)}" for i in doubled]
         if isinstance(shard, faiss.IndexHNSW):
             return [f"efSearch={2**i}" for i in range(4, 12)]
         return [""]

@@ -252,7 +252,9 @@ def _choice_of(store: FeatureStore) -> dict[str, Any]:
         settings = read_index_settings(store)
     except StoreError:
         return {}
-    search = replace(settings.search, recall=None, milliseconds=None)  # they were measured on other examples
+    search = replace(
+        settings.search, recall=None, recall_error=None, milliseconds=None
+    )  # they were measured on other examples
     return {"score": settings.score, "kernel": settings.kernel, "damping": settings.damping, "search": search}
 
 

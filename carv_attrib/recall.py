@@ -75,7 +75,7 @@ def choose_search(
             tried.append((False, recall, settings))
     _, _, best = max(tried, key=lambda row: row[:2])
     recall, error, milliseconds = _measure(index.searched(best), store, sample, halves[1])
-    return replace(best, recall=(round(recall, 4), round(error, 4)), milliseconds=round(milliseconds, 2))
+    return replace(best, recall=round(recall, 4), recall_error=round(error, 4), milliseconds=round(milliseconds, 2))
 
 
 def query_features(store: FeatureStore, dataset: str | Path, teacher: str | Path | None, device: str) -> Tensor:
