@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect as introspection
 import json
 import re
+import signal
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -30,6 +31,7 @@ class CarvGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
+        before = signal.signal(signal.SIGTERM, _stop)  # as schedulers send before they kill
         try:
             return super().invoke(ctx)
         except CarvError as err:
@@ -39,6 +41,13 @@ class CarvGroup(click.Group):
             raise _OneLine(stopped) from err
         except PermissionError as err:
             raise _OneLine(CarvError(f"{err.filename}: permission denied; use a folder that you may use.")) from err
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _stop(*_: Any) -> None:
+    """Stop as Ctrl-C does."""
+    raise KeyboardInterrupt
 
 
 class _OneLine(click.ClickException):

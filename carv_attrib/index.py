@@ -30,7 +30,7 @@ from carv_attrib.store import FeatureStore, atomic_file, file_digest
 KERNEL_FILE = "kernel.safetensors"
 NUM_CANDIDATES = 200
 """Examples from the index, at least, that are scored exactly and compete for the top."""
-SHARD_BYTES = 2**30
+SHARD_BYTES = 2**28
 """Of compressed vectors in a file of the index, about."""
 TRAINING_BYTES = 2**29
 """Of the vectors that a compressed index is trained on, at most."""
@@ -137,8 +137,7 @@ class FeatureIndex:
         for old in (store.path / "index.json", *store.path.glob("index*.faiss")):
             old.unlink(missing_ok=True)  # files of two runs must never look like those of one
         kernel.save(store.path / KERNEL_FILE)
-        bands = store.manifest["config"]["num_bands"] if kernel.kind == "bands" else 1
-        factory = choose_factory(len(store.ids), bands * len(kernel.eigenvalues)) if factory == "auto" else factory
+        factory = choose_factory(len(store.ids), _num_dims(store, kernel)) if factory == "auto" else factory
         settings = IndexSettings(score, kernel.kind, damping, store.digest(), SearchSettings(factory))
         files = []
         for number, shard in enumerate(_make_shards(store, _Whitening(settings, kernel), factory)):
@@ -184,26 +183,31 @@ class FeatureIndex:
         vectors = self._whiten.query(query, self._kernel.inverse(score, damping))
         positions: np.ndarray
         _, positions = self._faiss.search(vectors, min(top_k, len(self)))
-        if (positions < 0).all(1).any() or (self.settings.search.factory == "Flat" and (positions < 0).any()):
+        if (
+            (positions >= len(self)).any()
+            or (positions < 0).all(1).any()
+            or (self.settings.search.factory == "Flat" and (positions < 0).any())
+        ):
             raise StoreCorruptError("the search index holds NaN; run `carv-attrib index` again.")
         return positions
 
     @staticmethod
     def load(store: FeatureStore, kernel: Kernel) -> FeatureIndex:
-        """Return the index in a store's folder, memory-mapped, after its size was compared.
+        """Return the index in a store's folder, memory-mapped, after a check of its checksum.
 
         Raises:
             StoreError: if there is none, or it is not of this store.
             StoreCorruptError: if it is damaged.
         """
-        settings = read_index_settings(store)
+        settings = read_index_settings(store, read_all=True)  # FAISS trusts what it reads
         way_out = f"run `carv-attrib index {store.path}`"
         try:
             index = FeatureIndex(settings, kernel, [_read_shard(file) for file in _files(store.path)[1:]])
         except RuntimeError as err:
             raise StoreCorruptError(f"{store.path}/index-*.faiss is damaged: FAISS cannot read it; {way_out}.") from err
-        if len(index) != len(store.ids):
-            raise StoreCorruptError(f"the search index in {store.path} has {len(index)} examples; {way_out}.")
+        if (len(index), index._faiss.d) != (len(store.ids), _num_dims(store, kernel)):
+            found = f"{len(index)} vectors of {index._faiss.d} dimensions"
+            raise StoreCorruptError(f"the search index in {store.path} has {found}: it is of another index; {way_out}.")
         return index
 
     def __len__(self) -> int:
@@ -264,6 +268,12 @@ class _Whitening:
         vectors = query.mean(2) * inverse / self._sqrt_inverse / query.shape[1] ** 0.5
         flat: np.ndarray = vectors.flatten(1).float().numpy()
         return flat
+
+
+def _num_dims(store: FeatureStore, kernel: Kernel) -> int:
+    """Return the length of the vector of an example."""
+    bands = int(store.manifest["config"]["num_bands"]) if kernel.kind == "bands" else 1
+    return bands * len(kernel.eigenvalues)
 
 
 def choose_factory(num_examples: int, num_dims: int) -> str:
@@ -352,7 +362,7 @@ def read_index_settings(store: FeatureStore, *, read_all: bool = False) -> Index
         StoreCorruptError: if it is damaged.
     """
     path = store.path / "index.json"
-    way_out = "run featurize again to the end" if store.missing_parts() else f"run `carv-attrib index {store.path}`"
+    way_out = f"run `carv-attrib index {store.path}`" if store.is_complete else "run featurize again to the end"
     if not path.is_file():
         raise StoreError(f"{store.path} has no index yet; {way_out}.")
     try:

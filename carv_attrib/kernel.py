@@ -218,6 +218,11 @@ def load_kernel(path: Path) -> Kernel:
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["kernel"])
         tensors = load_file(path)
-        return Kernel(eigenvalues=tensors["eigenvalues"], eigenvectors=tensors["eigenvectors"], **about)
+        values, vectors = tensors["eigenvalues"], tensors["eigenvectors"]
+        if vectors.shape != (len(values), len(values)) or {values.dtype, vectors.dtype} != {torch.float64}:
+            raise ValueError(f"eigenvectors of shape {list(vectors.shape)}, in {vectors.dtype}")
+        if not (values.isfinite().all() and vectors.isfinite().all()):
+            raise ValueError("it holds NaN or infinity")
+        return Kernel(eigenvalues=values, eigenvectors=vectors, **about)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as err:
         raise StoreCorruptError(f"{path} is damaged: {err}; run `carv-attrib index`.") from err

@@ -67,8 +67,8 @@ def append(
     with store.writing(), less_memory(teacher.denoiser, **config.execution.memory_savers):
         estimator = restore_estimator(teacher, store.manifest)
         data = {name: getattr(config.data, name) for name in DataConfig.__dataclass_fields__}
-        begun = store.segments[-1].dataset if len(store.segments) > 1 and store.missing_parts() else None
-        if begun is None and store.missing_parts():
+        begun = store.segments[-1].dataset if len(store.segments) > 1 and not store.is_complete else None
+        if begun is None and not store.is_complete:
             raise StoreError(f"{path} is not complete; run featurize to the end before anything is appended.")
         first_id = begun["first_id"] if begun else 1 + max(_all_ids(store), default=-1)
         examples = open_dataset(dataset, first_id=first_id, **data)

@@ -84,7 +84,7 @@ def featurize(
         store, estimator = open_or_create(teacher, examples, output, config, planned)
         with store.writing():
             write_parts(store, estimator, examples, config.execution, store.segments[0])
-            if not store.missing_parts():  # as a shard leaves, and an append that was stopped
+            if store.is_complete:  # as a shard leaves, and an append that was stopped
                 ensure_index(store)
     return store
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from carv_attrib.data import ExampleDataset, JoinedExamples, to_pixels
-from carv_attrib.errors import ArgumentError, StoreError
+from carv_attrib.errors import ArgumentError, StoreCorruptError, StoreError
 from carv_attrib.estimator import Encoded, Estimator, average_bands, check_finite
 from carv_attrib.index import FeatureIndex, read_index_settings
 from carv_attrib.kernel import Damping, Kernel, KernelKind, ScoreKind, fit_kernel, load_kernel
@@ -114,6 +114,8 @@ class Scorer:
             self._kernels[kind] = load_kernel(file) if stored else fit_kernel(self.store, kind)
         if self._kernels[kind].kind != kind:
             raise StoreError(f"{self.store.path} was indexed again after it was opened; open it again.")
+        if len(self._kernels[kind].eigenvalues) != self.store.manifest["proj_dim"]:
+            raise StoreCorruptError(f"the kernel in {self.store.path} has another size than the features; index again.")
         return self._kernels[kind]
 
     def encode(

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -28,6 +30,7 @@ from torch import Tensor
 from carv_attrib.errors import StoreCorruptError, StoreError, StoreMismatchError
 
 FORMAT_VERSION = 4
+_PART_NAME = re.compile(r"part-\d{6,}")
 ENSEMBLE_FILE = "ensemble.json"
 """Lists the folders of the stores of several teachers; it lies beside them."""
 
@@ -99,6 +102,22 @@ class PartFeatures:
     features: Float[Tensor, "examples bands replicates proj_dim"]
 
 
+def _check_numbers(manifest: Mapping[str, Any]) -> None:
+    """Check the numbers of a manifest that say how large things are.
+
+    Raises:
+        ValueError: if one is not a positive integer.
+    """
+    config = manifest["config"]
+    sizes = {name: config[name] for name in ("part_size", "num_bands")}
+    sizes |= {name: manifest[name] for name in ("num_replicates", "proj_dim")}
+    for dataset in (manifest["dataset"], *manifest.get("appended", ())):
+        sizes["num_examples"] = dataset["num_examples"]
+        for name, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} is {size!r}")
+
+
 def concatenate(pieces: Sequence[PartFeatures]) -> PartFeatures | None:
     """Return the features of several batches as one; None where there are none, every example being skipped."""
     if not pieces:
@@ -134,7 +153,9 @@ class FeatureStore:
         try:
             manifest = json.loads(file.read_text())
             version = int(manifest["format_version"])
-        except (OSError, ValueError, KeyError, TypeError) as err:
+            if version in (3, FORMAT_VERSION):
+                _check_numbers(manifest)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as err:
             raise StoreCorruptError(f"{file} is damaged: {err}.") from err
         if version == 3:  # it also has draws of some examples, for a kernel; they are not read
             manifest["config"].pop("kernel_examples", None)
@@ -252,10 +273,22 @@ class FeatureStore:
 
     def missing_parts(self) -> list[int]:
         """Return the parts that are still to be computed."""
-        return [part for part in range(self.num_parts) if not self._is_done(part)]
+        done = set(self._done())
+        return [part for part in range(self.num_parts) if part not in done]
 
-    def _is_done(self, part: int) -> bool:
-        return self.features_path(part).is_file() and self.examples_path(part).is_file()
+    @property
+    def is_complete(self) -> bool:
+        """Whether no part is missing."""
+        return len(self._done()) == self.num_parts
+
+    def _done(self) -> list[int]:
+        """Return the parts that are there, increasing: two folders are listed, whatever the manifest says."""
+        features, examples = (
+            {path.stem for path in (self.path / folder).glob(f"part-*{suffix}")}
+            for folder, suffix in (("features", ".safetensors"), ("examples", ".parquet"))
+        )
+        numbers = [int(name.removeprefix("part-")) for name in features & examples if _PART_NAME.fullmatch(name)]
+        return sorted(number for number in numbers if number < self.num_parts)
 
     def features_path(self, part: int) -> Path:
         """Return the file that holds the features of a part."""
@@ -292,6 +325,7 @@ class FeatureStore:
 
     def _write_files(self, part: int, tensors: Mapping[str, Tensor], records: Sequence[Record]) -> None:
         tensors = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}  # unshared
+        tensors["row_crc32"] = _row_checksums(tensors["ids"], tensors["features"], tensors["features_scale"])
         try:
             write_records(self.examples_path(part), records)
             with atomic_file(self.features_path(part)) as temporary:
@@ -344,12 +378,12 @@ class FeatureStore:
                 raise StoreCorruptError(
                     f"{self.features_path(part)} is damaged: its checksum does not match; delete it, featurize again."
                 )
-        return {name: tensors[name] for name in ("ids", "features", "features_scale")}  # format 3 has more
+        return {name: tensors[name] for name in ("ids", "features", "features_scale")}
 
     @cached_property
     def parts(self) -> list[int]:
         """The parts that were there when first asked for."""
-        return [part for part in range(self.num_parts) if self._is_done(part)]
+        return self._done()
 
     @cached_property
     def _part_ids(self) -> list[Int64[np.ndarray, " examples"]]:
@@ -373,17 +407,30 @@ class FeatureStore:
         return digest.hexdigest()
 
     def read_features(self, positions: Sequence[int]) -> Float[Tensor, "examples bands replicates proj_dim"]:
-        """Return the features at positions of `ids`, in float32, reading no more of each file than needed."""
+        """Return the features at positions of `ids`, in float32, reading no more of each file than needed.
+
+        Raises:
+            StoreCorruptError: if one is damaged.
+        """
         bounds = np.cumsum([0, *map(len, self._part_ids)])
         owners = np.searchsorted(bounds, positions, side="right") - 1
         rows: dict[int, Tensor] = {}
         for owner in np.unique(owners):
             with self._open_part(self.parts[owner]) as file:
-                values, scale = file.get_slice("features"), file.get_tensor("features_scale")
-                for position in (int(p) for p in np.asarray(positions)[owners == owner]):
-                    row = position - int(bounds[owner])
-                    rows[position] = values[row : row + 1].float() * (scale[row : row + 1] if scale.dim() else scale)
-        return torch.cat([rows[int(position)] for position in positions])
+                scale, whole = file.get_tensor("features_scale"), file.get_slice("features")
+                wanted = np.asarray(positions)[owners == owner]
+                own = torch.from_numpy(wanted - bounds[owner])
+                values = torch.cat([whole[row : row + 1] for row in own.tolist()])
+                scale = scale[own] if scale.dim() else scale
+                if "row_crc32" in file.keys():  # not in parts of earlier versions
+                    sums = _row_checksums(torch.from_numpy(self._part_ids[owner])[own], values, scale)
+                    if not torch.equal(file.get_tensor("row_crc32")[own], sums):
+                        raise StoreCorruptError(
+                            f"{self.features_path(self.parts[owner])} is damaged: the checksum of an example does not "
+                            "match; delete it, featurize again."
+                        )
+                rows.update(zip(wanted.tolist(), values.float() * scale, strict=True))
+        return torch.stack([rows[int(position)] for position in positions])
 
     def read_records(self, part: int) -> list[Record]:
         """Return the records of a part, skipped examples among them.
@@ -415,10 +462,13 @@ class FeatureStore:
     def verify(self) -> list[str]:
         """Return one line for everything that is wrong: damaged, missing or inconsistent files."""
         problems = []
-        if missing := self.missing_parts():
-            first = f"{len(missing)} of {self.num_parts} parts are missing, the first is part {missing[0]}"
-            problems.append(f"{first}; run featurize again.")
-        for part in self.parts:
+        done = self._done()
+        if missing := self.num_parts - len(done):
+            first = next((place for place, part in enumerate(done) if part != place), len(done))
+            problems.append(
+                f"{missing} of {self.num_parts} parts are missing, the first is part {first}; run featurize again."
+            )
+        for part in done:
             try:
                 features = self.read_part(part)
                 if not torch.isfinite(features.features).all():
@@ -449,8 +499,11 @@ class FeatureStore:
         path, shape = self.features_path(part), self.feature_shape
         try:
             with safe_open(path, framework="pt") as file:
-                if file.get_slice("features").get_shape()[1:] != shape:
+                features, ids = file.get_slice("features"), file.get_slice("ids")
+                if features.get_shape() != [*ids.get_shape(), *shape]:
                     raise StoreCorruptError(f"{path} does not hold features of shape (examples, {str(shape)[1:-1]}).")
+                if features.get_dtype() not in ("F16", "F32") or ids.get_dtype() != "I64":
+                    raise StoreCorruptError(f"{path} does not hold features in float16 or float32, and ids in int64.")
                 yield file
         except (OSError, SafetensorError) as err:
             raise StoreCorruptError(f"{path} is damaged: {err}; delete it and featurize again.") from err
@@ -492,6 +545,18 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensors[name].flatten().view(torch.uint8).numpy().tobytes())  # numpy has no bfloat16
     return digest.hexdigest()
+
+
+def _row_checksums(
+    ids: Int64[Tensor, " rows"], values: Float[Tensor, rows * shape], scale: Float[Tensor, "*scales"]
+) -> Int64[Tensor, " rows"]:
+    """Return the CRC-32 of the bytes of each id, of its values, and of their scales, one or as many as rows."""
+    scales = scale if scale.dim() else scale.expand(len(ids))
+    sums = [
+        crc32(factor.tobytes(), crc32(row.tobytes(), crc32(i.tobytes())))
+        for i, row, factor in zip(ids.numpy(), values.numpy(), scales.numpy(), strict=True)
+    ]
+    return torch.tensor(sums, dtype=torch.int64)
 
 
 def file_digest(path: Path) -> str:
