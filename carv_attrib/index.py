@@ -10,7 +10,6 @@ the store. It lies in several files, so that making it takes the memory of one.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
@@ -25,7 +24,7 @@ from torch import Tensor
 from carv_attrib.errors import ArgumentError, StoreCorruptError, StoreError
 from carv_attrib.kernel import Damping, Kernel, KernelKind, ScoreKind
 from carv_attrib.seeding import choose_positions, stream_key
-from carv_attrib.store import FeatureStore, atomic_file, file_digest
+from carv_attrib.store import FeatureStore, atomic_file, file_digest, read_sealed, write_sealed
 
 KERNEL_FILE = "kernel.safetensors"
 NUM_CANDIDATES = 200
@@ -154,8 +153,7 @@ class FeatureIndex:
             "bytes": {file.name: file.stat().st_size for file in files},
             "sha256": {file.name: file_digest(file) for file in files},
         }
-        with atomic_file(folder / "index.json") as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
+        write_sealed(folder / "index.json", content)
         return self.searched(settings.search)
 
     def search(
@@ -366,7 +364,7 @@ def read_index_settings(store: FeatureStore, *, read_all: bool = False) -> Index
     if not path.is_file():
         raise StoreError(f"{store.path} has no index yet; {way_out}.")
     try:
-        content = json.loads(path.read_text())
+        content = read_sealed(path)
         sizes, checksums, search = (content.pop(name) for name in ("bytes", "sha256", "search"))
         if content["kernel"] not in get_args(KernelKind):
             raise StoreError(f"the index in {store.path} has a kernel of an older version; {way_out}.")

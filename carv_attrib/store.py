@@ -151,7 +151,7 @@ class FeatureStore:
         if not file.is_file():
             raise StoreError(f"{path} is not an index: it has no manifest.json; make one with `carv-attrib featurize`.")
         try:
-            manifest = json.loads(file.read_text())
+            manifest = read_sealed(file)
             version = int(manifest["format_version"])
             if version in (3, FORMAT_VERSION):
                 _check_numbers(manifest)
@@ -186,8 +186,7 @@ class FeatureStore:
         return store
 
     def _write_manifest(self) -> None:
-        with atomic_file(self.path / "manifest.json") as temporary:
-            temporary.write_text(json.dumps(self.manifest, indent=1, sort_keys=True) + "\n")
+        write_sealed(self.path / "manifest.json", self.manifest)
 
     def change_manifest(self, **entries: Any) -> None:
         """Change entries of the manifest, on disk too, after the search index was taken away: it is of other examples.
@@ -507,6 +506,31 @@ class FeatureStore:
                 yield file
         except (OSError, SafetensorError) as err:
             raise StoreCorruptError(f"{path} is damaged: {err}; delete it and featurize again.") from err
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object with a checksum, whole or not at all."""
+    with atomic_file(path) as temporary:
+        sealed = {**content, "checksum": _seal(content)}
+        temporary.write_text(json.dumps(sealed, indent=1, sort_keys=True) + "\n")
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Return the JSON object that `write_sealed` wrote, or one of an earlier version, which has no checksum.
+
+    Raises:
+        ValueError: if it is no JSON, or the checksum does not match.
+        TypeError: if it is no object.
+    """
+    content = dict(json.loads(path.read_text()))
+    checksum = content.pop("checksum", None)
+    if checksum not in (None, _seal(content)):
+        raise ValueError("its checksum does not match: it was edited, or is damaged")
+    return content
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

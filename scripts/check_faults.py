@@ -42,7 +42,7 @@ from PIL import Image
 from carv_attrib.cli import main as carv
 from carv_attrib.data.sources import open_digits
 from carv_attrib.estimator import Estimator
-from carv_attrib.store import FeatureStore
+from carv_attrib.store import FeatureStore, read_sealed, write_sealed
 
 COMMAND = "python scripts/check_faults.py"
 PROGRAM = str(Path(sys.executable).with_name("carv-attrib"))
@@ -307,12 +307,14 @@ def swapped(folders: Folders) -> str:
     return f"`verify` names both; query: {refused(*ask(index, next((folders.digits / '3').glob('*.png'))))}"
 
 
-def edited(file: str, change: Callable[[dict[str, Any]], object]) -> Case:
-    """Return the case of a JSON file that was edited."""
+def edited(file: str, change: Callable[[dict[str, Any]], object], *, sealed: bool = False) -> Case:
+    """Return the case of a JSON file that was edited, its checksum taken out unless it is `sealed`."""
 
     def check(folders: Folders) -> str:
         index = folders.copy_index()
         content = json.loads((index / file).read_text())
+        if not sealed:
+            del content["checksum"]
         change(content)
         (index / file).write_text(json.dumps(content))
         question = ask(index, next((folders.digits / "3").glob("*.png")), "--top-k", str(NUM_DIGITS))
@@ -343,6 +345,12 @@ EDITS: dict[str, tuple[str, Callable[[dict[str, Any]], object]]] = {
         lambda m: m["search"].update(factory="IVF4,Flat", parameters="x=1"),
     ),
 }
+case("Hostile indexes", "manifest: another timestep weighting, its checksum as it was")(
+    edited("manifest.json", lambda m: m["config"].update(weighting="uniform"), sealed=True)
+)
+case("Hostile indexes", "index.json: another damping, its checksum as it was")(
+    edited("index.json", lambda m: m.update(damping=1.0), sealed=True)
+)
 for _name, (_file, _change) in EDITS.items():
     case("Hostile indexes", _name)(edited(_file, _change))
 
@@ -356,10 +364,10 @@ def replaced(file: str, content: Callable[[], bytes], *, listed: bool = False) -
         index = folders.copy_index()
         (index / file).write_bytes(content())
         if listed:
-            about = json.loads((index / "index.json").read_text())
+            about = read_sealed(index / "index.json")
             about["bytes"][file] = len(content())
             about["sha256"][file] = hashlib.sha256(content()).hexdigest()
-            (index / "index.json").write_text(json.dumps(about))
+            write_sealed(index / "index.json", about)
         return refused(*ask(index, next((folders.digits / "3").glob("*.png"))))
 
     return check

@@ -20,7 +20,7 @@ from carv_attrib.pipeline import build_index
 from carv_attrib.refinement import encode_examples, fresh_draws
 from carv_attrib.scorer import Choice, Scorer, _query_id
 from carv_attrib.scores import score_bands
-from carv_attrib.store import FeatureStore
+from carv_attrib.store import FeatureStore, write_sealed
 from tests.conftest import SETTINGS
 
 
@@ -250,9 +250,10 @@ def test_other_random_streams_are_refused(
     tmp_path: Path, tiny_index: Path, pictures: list[tuple[Image.Image, int]]
 ) -> None:
     shutil.copytree(tiny_index, tmp_path / "index")
-    manifest = tmp_path / "index" / "manifest.json"
-    store = FeatureStore.open(tmp_path / "index")
-    manifest.write_text(manifest.read_text().replace(store.manifest["draws_sha256"], "0" * 64))
+    write_sealed(
+        tmp_path / "index" / "manifest.json",
+        {**FeatureStore.open(tmp_path / "index").manifest, "draws_sha256": "0" * 64},
+    )
     with pytest.raises(StoreMismatchError, match="random draws differ from those of the index"):
         Attributor.open(tmp_path / "index", device="cpu").query(pictures[0][0], label=0)
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import struct
 import zlib
 from collections.abc import Callable
@@ -260,6 +261,18 @@ def test_an_interrupt_says_that_nothing_is_lost(
 
     monkeypatch.setattr("carv_attrib.pipeline.featurize", interrupt)
     assert_one_line(featurize(digits_folder), 1, "finished parts are kept, and the same command goes on from there")
+
+
+def test_sigterm_is_answered_as_an_interrupt_is(
+    featurize: Callable[..., Result], digits_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def terminated(*arguments: object, **settings: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("carv_attrib.pipeline.featurize", terminated)
+    assert_one_line(featurize(digits_folder), 1, "finished parts are kept, and the same command goes on from there")
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_json_and_csv_together(tiny_index: Path, digits_folder: Path) -> None:

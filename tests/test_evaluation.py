@@ -30,6 +30,7 @@ from carv_attrib.evaluation import (
 )
 from carv_attrib.report.measures import draw_bars, save_bars
 from carv_attrib.seeding import stream
+from carv_attrib.store import read_sealed, write_sealed
 from carv_attrib.variance import Measured
 from tests.conftest import SETTINGS
 
@@ -226,9 +227,9 @@ def test_names_of_classes_that_an_index_knows_by_number(
     tmp_path: Path, attributor: Attributor, tiny_index: Path, digits_folder: Path
 ) -> None:
     shutil.copytree(tiny_index, tmp_path / "index")
-    manifest = json.loads((tmp_path / "index" / "manifest.json").read_text())
+    manifest = read_sealed(tmp_path / "index" / "manifest.json")
     manifest["dataset"]["label_names"] = None
-    (tmp_path / "index" / "manifest.json").write_text(json.dumps(manifest))
+    write_sealed(tmp_path / "index" / "manifest.json", manifest)
     numbered = Attributor.open(tmp_path / "index", device="cpu")
     images = [Image.open(path) for path in sorted(digits_folder.glob("2/*.png"))[:2]]
     found = Queries(images, labels=[0, 0], class_names=["2"]).scores(numbered)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from carv_attrib.errors import ArgumentError, StoreCorruptError, StoreError
 from carv_attrib.index import FeatureIndex, read_index_settings
 from carv_attrib.kernel import DAMPINGS, Kernel, KernelKind, ScoreKind, choose_damping, fit_kernel, load_kernel
 from carv_attrib.scores import score_bands
-from carv_attrib.store import FeatureStore, PartFeatures, Record, file_digest
+from carv_attrib.store import FeatureStore, PartFeatures, Record, file_digest, read_sealed, write_sealed
 
 NUM, BANDS, DIM = 40, 3, 5
 
@@ -214,7 +213,7 @@ def test_an_index_is_checked_before_it_is_read(store: FeatureStore) -> None:
 def test_the_kernel_over_draws_of_an_older_version_is_made_again(store: FeatureStore) -> None:
     FeatureIndex.write(store, fit_kernel(store), score="dot", damping=0.2).finish(store.path)
     file = store.path / "index.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"kernel": "draws"}))
+    write_sealed(file, read_sealed(file) | {"kernel": "draws"})
     with pytest.raises(StoreError, match="has a kernel of an older version; run `carv-attrib index"):
         read_index_settings(store)
 
@@ -229,8 +228,10 @@ def test_opening_an_index_does_not_read_its_vectors(store: FeatureStore, monkeyp
         return file_digest(path)
 
     monkeypatch.setattr("carv_attrib.index.file_digest", watched)
-    index = FeatureIndex.load(store, kernel)
+    read_index_settings(store)
     assert digested == ["kernel.safetensors"]
+    index = FeatureIndex.load(store, kernel)  # with the first query
+    assert digested[1:] == ["kernel.safetensors", "index-00000.faiss"]
     assert index.settings.score == "dot"
     maps = Path("/proc/self/maps")
     assert not maps.exists() or str(store.path / "index-00000.faiss") in maps.read_text()
@@ -255,12 +256,18 @@ def test_an_index_whose_writing_was_stopped_is_none(store: FeatureStore, monkeyp
 def test_a_search_index_that_faiss_cannot_use_is_refused(store: FeatureStore) -> None:
     kernel = fit_kernel(store)
     FeatureIndex.write(store, kernel, score="dot", damping=0.2).finish(store.path)
-    file = store.path / "index-00000.faiss"
+    file, settings = store.path / "index-00000.faiss", read_sealed(store.path / "index.json")
     whole = file.read_bytes()
-    file.write_bytes(b"none" + whole[4:])
+
+    def replace_with(content: bytes) -> None:
+        file.write_bytes(content)
+        settings["sha256"][file.name] = file_digest(file)
+        write_sealed(store.path / "index.json", settings)
+
+    replace_with(b"none" + whole[4:])
     with pytest.raises(StoreCorruptError, match=r"index-\*.faiss is damaged: FAISS cannot read it; run"):
         FeatureIndex.load(store, kernel)
-    file.write_bytes(whole[:-4] + np.float32("nan").tobytes())
+    replace_with(whole[:-4] + np.float32("nan").tobytes())
     query = kernel.banded(store.read_features(range(1)))
     with pytest.raises(StoreCorruptError, match="the search index holds NaN; run `carv-attrib index` again"):
         FeatureIndex.load(store, kernel).search(query, score="dot", damping=0.2, top_k=len(store.ids))

@@ -19,7 +19,7 @@ from carv_attrib.index import FeatureIndex, SearchSettings, choose_factory, read
 from carv_attrib.kernel import fit_kernel, load_kernel
 from carv_attrib.maintenance import remove
 from carv_attrib.pipeline import build_index
-from carv_attrib.store import FeatureStore, PartFeatures, Record
+from carv_attrib.store import FeatureStore, PartFeatures, Record, read_sealed, write_sealed
 
 NUM, DIM = 3000, 16
 CHOICE: dict[str, Any] = {"score": "preconditioned", "damping": "auto"}
@@ -157,8 +157,9 @@ def test_files_that_the_index_does_not_name_are_refused(store: FeatureStore) -> 
     ):
         read_index_settings(store)
     (store.path / "index-00001.faiss").unlink()
-    file = store.path / "index.json"
-    file.write_text(file.read_text().replace("index-00000.faiss", "../../other.faiss"))
+    settings = read_sealed(store.path / "index.json")
+    settings["bytes"] = settings["sha256"] = {"kernel.safetensors": 1, "../../other.faiss": 1}
+    write_sealed(store.path / "index.json", settings)
     with pytest.raises(StoreCorruptError, match="names other files than"):
         read_index_settings(store)
 

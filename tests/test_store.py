@@ -10,7 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from carv_attrib.errors import StoreCorruptError, StoreError, StoreMismatchError
-from carv_attrib.store import FeatureStore, PartFeatures, Record, atomic_file, concatenate, tensor_digest
+from carv_attrib.store import (
+    FeatureStore,
+    PartFeatures,
+    Record,
+    atomic_file,
+    concatenate,
+    read_sealed,
+    tensor_digest,
+    write_sealed,
+)
 
 MANIFEST = {
     "config": {"part_size": 4, "num_bands": 2, "num_draws": 4, "feature_dtype": "float16"},
@@ -208,9 +217,9 @@ def test_a_damaged_manifest_is_named(store: FeatureStore) -> None:
 
 
 def test_the_draws_of_format_3_are_not_read(store: FeatureStore) -> None:
-    manifest = json.loads((store.path / "manifest.json").read_text())
+    manifest = read_sealed(store.path / "manifest.json")
     older = manifest | {"format_version": 3, "config": manifest["config"] | {"kernel_examples": 12}}
-    (store.path / "manifest.json").write_text(json.dumps(older))
+    (store.path / "manifest.json").write_text(json.dumps(older))  # which had no checksum
     tensors = load_file(store.features_path(0)) | {"kernel_draws": torch.ones(1, 4, 6)}
     save_file(tensors, store.features_path(0), metadata={"sha256": tensor_digest(tensors)})
     opened = FeatureStore.open(store.path)
@@ -221,7 +230,7 @@ def test_the_draws_of_format_3_are_not_read(store: FeatureStore) -> None:
 @pytest.mark.parametrize("version", [2, 9])
 def test_another_format_is_refused(store: FeatureStore, version: int) -> None:
     file = store.path / "manifest.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": version}))
+    write_sealed(file, read_sealed(file) | {"format_version": version})
     with pytest.raises(StoreError, match=f"has format version {version}, this program reads 3 and 4; featurize again"):
         FeatureStore.open(store.path)
 
@@ -241,6 +250,37 @@ def test_one_flipped_bit_in_features_is_found(store: FeatureStore, position: int
     flip_bit(store.features_path(1), position)
     (problem,) = FeatureStore.open(store.path).verify()
     assert "part-000001.safetensors" in problem
+
+
+def test_one_flipped_bit_is_found_by_whoever_reads_that_row(store: FeatureStore) -> None:
+    features = load_file(store.features_path(1))["features"]
+    flip_bit(store.features_path(1), store.features_path(1).read_bytes().index(features[3].numpy().tobytes()) + 5)
+    opened, rows = FeatureStore.open(store.path), len(store.ids)
+    refused = []
+    for row in range(rows):
+        try:
+            opened.read_features([row])
+        except StoreCorruptError as err:
+            refused.append((row, str(err)))
+    ((row, line),) = refused
+    assert row == len(store.read_part(0).ids) + 3
+    assert "part-000001.safetensors is damaged: the checksum of an example does not match" in line
+
+
+def test_an_edited_manifest_is_found(store: FeatureStore) -> None:
+    file = store.path / "manifest.json"
+    file.write_text(file.read_text().replace('"num_bands": ', '"num_bands": 1'))
+    with pytest.raises(StoreCorruptError, match="its checksum does not match: it was edited, or is damaged"):
+        FeatureStore.open(store.path)
+
+
+@pytest.mark.parametrize(("name", "value"), [("part_size", 0), ("num_bands", "2"), ("num_bands", -1)])
+def test_numbers_that_cannot_be_are_found(store: FeatureStore, name: str, value: object) -> None:
+    manifest = read_sealed(store.path / "manifest.json")
+    manifest["config"][name] = value
+    write_sealed(store.path / "manifest.json", manifest)
+    with pytest.raises(StoreCorruptError, match=rf"manifest.json is damaged: {name} is {value!r}"):
+        FeatureStore.open(store.path)
 
 
 def test_one_flipped_bit_in_records_is_found(store: FeatureStore) -> None:
