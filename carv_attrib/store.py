@@ -30,6 +30,7 @@ from torch import Tensor
 from carv_attrib.errors import StoreCorruptError, StoreError, StoreMismatchError
 
 FORMAT_VERSION = 4
+_MAX_MAPPED = 1000  # files; a process may map some 65,000
 _PART_NAME = re.compile(r"part-\d{6,}")
 ENSEMBLE_FILE = "ensemble.json"
 """Lists the folders of the stores of several teachers; it lies beside them."""
@@ -131,6 +132,7 @@ class FeatureStore:
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
+        self._mapped_parts: dict[int, dict[str, Tensor]] = {}
 
     @staticmethod
     def open(path: str | Path) -> FeatureStore:
@@ -325,6 +327,7 @@ class FeatureStore:
     def _write_files(self, part: int, tensors: Mapping[str, Tensor], records: Sequence[Record]) -> None:
         tensors = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}  # unshared
         tensors["row_crc32"] = _row_checksums(tensors["ids"], tensors["features"], tensors["features_scale"])
+        self._mapped_parts.pop(part, None)
         try:
             write_records(self.examples_path(part), records)
             with atomic_file(self.features_path(part)) as temporary:
@@ -415,21 +418,29 @@ class FeatureStore:
         owners = np.searchsorted(bounds, positions, side="right") - 1
         rows: dict[int, Tensor] = {}
         for owner in np.unique(owners):
-            with self._open_part(self.parts[owner]) as file:
-                scale, whole = file.get_tensor("features_scale"), file.get_slice("features")
-                wanted = np.asarray(positions)[owners == owner]
-                own = torch.from_numpy(wanted - bounds[owner])
-                values = torch.cat([whole[row : row + 1] for row in own.tolist()])
-                scale = scale[own] if scale.dim() else scale
-                if "row_crc32" in file.keys():  # not in parts of earlier versions
-                    sums = _row_checksums(torch.from_numpy(self._part_ids[owner])[own], values, scale)
-                    if not torch.equal(file.get_tensor("row_crc32")[own], sums):
-                        raise StoreCorruptError(
-                            f"{self.features_path(self.parts[owner])} is damaged: the checksum of an example does not "
-                            "match; delete it, featurize again."
-                        )
-                rows.update(zip(wanted.tolist(), values.float() * scale, strict=True))
+            tensors = self._mapped(self.parts[owner])
+            wanted = np.asarray(positions)[owners == owner]
+            own = torch.from_numpy(wanted - bounds[owner])
+            values, scale = tensors["features"][own], tensors["features_scale"]
+            scale = scale[own] if scale.dim() else scale
+            if "row_crc32" in tensors:  # not in parts of earlier versions
+                sums = _row_checksums(torch.from_numpy(self._part_ids[owner])[own], values, scale)
+                if not torch.equal(tensors["row_crc32"][own], sums):
+                    raise StoreCorruptError(
+                        f"{self.features_path(self.parts[owner])} is damaged: the checksum of an example does not "
+                        "match; delete it, featurize again."
+                    )
+            rows.update(zip(wanted.tolist(), values.float() * scale, strict=True))
         return torch.stack([rows[int(position)] for position in positions])
+
+    def _mapped(self, part: int) -> dict[str, Tensor]:
+        """Return what the features file of a part holds, memory-mapped, and kept for the next query."""
+        if part not in self._mapped_parts:
+            if len(self._mapped_parts) >= _MAX_MAPPED:
+                self._mapped_parts.clear()
+            with self._open_part(part) as file:
+                self._mapped_parts[part] = {name: file.get_tensor(name) for name in file.keys()}
+        return self._mapped_parts[part]
 
     def read_records(self, part: int) -> list[Record]:
         """Return the records of a part, skipped examples among them.
