@@ -212,7 +212,8 @@ def index(
             built = build_index(store, target_recall=target_recall, queries=features, **given)
         click.echo(f"{len(store.ids)} examples indexed in {folder}")
         if target_recall:
-            click.echo(_describe_search(built.settings.search, target_recall))
+            asked = "your pictures" if queries else "examples of the index"
+            click.echo(_describe_search(built.settings.search, target_recall, asked))
 
 
 @main.command()
@@ -396,13 +397,13 @@ def _settings(config: Path | None, flags: dict[str, Any], needed: tuple[str, ...
     return settings
 
 
-def _describe_search(search: SearchSettings, target_recall: float) -> str:
+def _describe_search(search: SearchSettings, target_recall: float, asked: str) -> str:
     """Return a line on how an index is searched, and how well that finds what exact search does."""
     how = " ".join([search.factory, search.parameters]).strip()
     recall, error = search.recall or 0.0, search.recall_error or 0.0
     short = "" if recall + error >= target_recall else f"; below {target_recall:g}: try --factory with a finer code"
     return (
-        f"{how}, {search.candidates} candidates: recall@10 {recall:.3f} ± {error:.3f}, "
+        f"{how}, {search.candidates} candidates: recall@10 {recall:.3f} ± {error:.3f} on {asked}, "
         f"{search.milliseconds} ms a query{short}"
     )
 

@@ -173,6 +173,7 @@ def test_a_query_of_a_compressed_index_has_exact_scores(copied_index: Path, digi
     assert result.exit_code == 0, result.output
     assert "IVF4,SQ4 nprobe=" in result.output
     assert "recall@10" in result.output
+    assert "on your pictures" in result.output
     found = Attributor.open(copied_index, device="cpu").query(picture, label=1, top_k=5, opponents=True)
     for i, score in zip(found.ids.tolist(), found.scores.tolist(), strict=True):
         assert score == pytest.approx(by_id.get(i, score), rel=1e-9)
