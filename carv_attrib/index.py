@@ -133,13 +133,15 @@ class FeatureIndex:
         """
         import faiss
 
+        factory = choose_factory(len(store.ids), _num_dims(store, kernel)) if factory == "auto" else factory
+        settings = IndexSettings(score, kernel.kind, damping, store.digest(), SearchSettings(factory))
+        shards = _make_shards(store, _Whitening(settings, kernel), factory)
+        first = next(shards)  # a bad factory leaves the index that is there
         for old in (store.path / "index.json", *store.path.glob("index*.faiss")):
             old.unlink(missing_ok=True)  # files of two runs must never look like those of one
         kernel.save(store.path / KERNEL_FILE)
-        factory = choose_factory(len(store.ids), _num_dims(store, kernel)) if factory == "auto" else factory
-        settings = IndexSettings(score, kernel.kind, damping, store.digest(), SearchSettings(factory))
         files = []
-        for number, shard in enumerate(_make_shards(store, _Whitening(settings, kernel), factory)):
+        for number, shard in enumerate(chain([first], shards)):
             files.append(store.path / f"index-{number:05d}.faiss")
             with atomic_file(files[-1]) as temporary:
                 faiss.write_index(shard, str(temporary))

@@ -19,7 +19,7 @@ from carv_attrib.actors import on_actors
 from carv_attrib.batches import check_columns
 from carv_attrib.config import ExecutionConfig, FeaturizeConfig, check_choice
 from carv_attrib.data import ExampleDataset, open_dataset
-from carv_attrib.errors import ArgumentError, StoreError
+from carv_attrib.errors import StoreError
 from carv_attrib.estimator import Estimator, average_bands, check_finite
 from carv_attrib.index import FeatureIndex, SearchSettings, read_index_settings
 from carv_attrib.kernel import Damping, KernelKind, ScoreKind, fit_kernel
@@ -28,7 +28,7 @@ from carv_attrib.manifest import open_or_create, restore_estimator
 from carv_attrib.memory import less_memory
 from carv_attrib.planning import PlanKind, check_plan, follow_plan, starting_config
 from carv_attrib.progress import progress
-from carv_attrib.recall import choose_search
+from carv_attrib.recall import check_target, choose_search
 from carv_attrib.store import FeatureStore, PartFeatures, Record, Segment, concatenate
 from carv_attrib.teacher import Teacher, loaded_placement
 from carv_attrib.teachers import load_teacher
@@ -217,8 +217,8 @@ def build_index(
         StoreError: if the store holds no features, or the index cannot be written.
     """
     check_choice("score", score, ScoreKind)
-    if target_recall is not None and not 0 < target_recall <= 1:
-        raise ArgumentError(f"`target_recall` must be above 0 and at most 1, got {target_recall}; 0.99 is usual.")
+    if target_recall is not None:
+        check_target(target_recall, store, queries)
     fitted = fit_kernel(store, kernel)
     factory = factory or (search.factory if search else "auto" if target_recall else "Flat")
     try:

@@ -78,6 +78,23 @@ def choose_search(
     return replace(best, recall=round(recall, 4), recall_error=round(error, 4), milliseconds=round(milliseconds, 2))
 
 
+def check_target(target_recall: float, store: FeatureStore, queries: Tensor | None) -> None:
+    """Check that a recall can be aimed at, and measured.
+
+    Raises:
+        ArgumentError: if it cannot.
+    """
+    if not 0 < target_recall <= 1:
+        raise ArgumentError(f"`target_recall` must be above 0 and at most 1, got {target_recall}; 0.99 is usual.")
+    num_examples = len(store.ids)
+    num_queries = num_examples if queries is None else len(queries)
+    if num_queries < 4 or num_examples <= TOP_K:
+        raise ArgumentError(
+            f"`target_recall` needs four queries and more than {TOP_K} examples to measure recall, got {num_queries} "
+            f"and {num_examples}; leave it out."
+        )
+
+
 def query_features(store: FeatureStore, dataset: str | Path, teacher: str | Path | None, device: str) -> Tensor:
     """Return banded features of up to `NUM_QUERIES` pictures of a data set, chosen by a hash, as those of queries.
 
@@ -105,11 +122,6 @@ def _sample(index: FeatureIndex, store: FeatureStore, kernel: Kernel, queries: T
     if queries is None:
         own = choose_positions(stream_key(0, "queries"), torch.from_numpy(store.ids), NUM_QUERIES).numpy()
         queries = store.read_features(own.tolist())
-    if len(queries) < 2 or len(store.ids) <= TOP_K:
-        raise ArgumentError(
-            f"`target_recall` needs two queries and more than {TOP_K} examples to measure recall, got {len(queries)} "
-            f"and {len(store.ids)}; leave it out."
-        )
     rotated = kernel.banded(queries)
     best_scores, best = torch.empty(len(own), 0), torch.empty(len(own), 0, dtype=torch.int64)
     first = 0

@@ -128,16 +128,16 @@ def test_recall_is_that_of_the_candidates_without_the_query_itself(store: Featur
         ({"factory": "PQ7"}, "`factory` must be a FAISS factory string for vectors of 16 dimensions .*, got PQ7: "),
         ({"factory": "IVF4000,Flat"}, "`factory` must be .* and so many examples, .* got IVF4000,Flat: "),
         ({"target_recall": 99.0}, "`target_recall` must be above 0 and at most 1, got 99"),
-        ({"target_recall": 0.9, "queries": torch.zeros(1, 1, 2, DIM)}, "`target_recall` needs two queries and more"),
+        ({"target_recall": 0.9, "queries": torch.zeros(1, 1, 2, DIM)}, "`target_recall` needs four queries and more"),
     ],
 )
-def test_a_bad_choice_is_one_line_and_leaves_the_features(
+def test_a_bad_choice_is_one_line_and_leaves_the_index(
     store: FeatureStore, settings: dict[str, Any], message: str
 ) -> None:
+    build_index(store)
     with pytest.raises(ArgumentError, match=message) as caught:
         build_index(store, **settings)
     assert "\n" not in str(caught.value)
-    build_index(store)
     assert read_index_settings(store, read_all=True).search == SearchSettings()
 
 
