@@ -378,7 +378,8 @@ class FeatureStore:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             if tensor_digest(tensors) != _checksum(file):
                 raise StoreCorruptError(
-                    f"{self.features_path(part)} is damaged: its checksum does not match; delete it, featurize again."
+                    f"{self.features_path(part)} is damaged: its checksum does not match{_damaged_rows(tensors)}; "
+                    "delete it, featurize again."
                 )
         return {name: tensors[name] for name in ("ids", "features", "features_scale")}
 
@@ -592,6 +593,15 @@ def _row_checksums(
         for i, row, factor in zip(ids.numpy(), values.numpy(), scales.numpy(), strict=True)
     ]
     return torch.tensor(sums, dtype=torch.int64)
+
+
+def _damaged_rows(tensors: Mapping[str, Tensor]) -> str:
+    """Return which rows of a part do not have their checksums, as words; none, where they have no checksums."""
+    if "row_crc32" not in tensors:
+        return ""
+    sums = _row_checksums(tensors["ids"], tensors["features"], tensors["features_scale"])
+    damaged = (sums != tensors["row_crc32"]).nonzero().flatten().tolist()
+    return f", in rows {damaged[0]} to {damaged[-1]}" if damaged else ""
 
 
 def file_digest(path: Path) -> str:

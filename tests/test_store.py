@@ -265,6 +265,8 @@ def test_one_flipped_bit_is_found_by_whoever_reads_that_row(store: FeatureStore)
     ((row, line),) = refused
     assert row == len(store.read_part(0).ids) + 3
     assert "part-000001.safetensors is damaged: the checksum of an example does not match" in line
+    (problem,) = opened.verify()
+    assert "part-000001.safetensors is damaged: its checksum does not match, in rows 3 to 3; delete it" in problem
 
 
 def test_an_edited_manifest_is_found(store: FeatureStore) -> None:
