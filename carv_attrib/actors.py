@@ -48,7 +48,8 @@ def on_actors(
         num_workers = num_workers or gpus or cpus
         options: dict[str, Any] = {"num_gpus": min(1.0, gpus / num_workers)} if gpus else {}
         actor = ray.remote(max_restarts=RESTARTS, max_task_retries=RESTARTS, num_cpus=0, **options)(_Actor)
-        idle = [actor.remote(make_work, max(1, cpus // num_workers)) for _ in range(num_workers)]
+        kept = ray.put(make_work)  # while actors may have to be made again
+        idle = [actor.remote(kept, max(1, cpus // num_workers)) for _ in range(num_workers)]
         waiting, busy = iter(items), {}
         while True:
             while idle and (item := next(waiting, None)) is not None:
