@@ -137,8 +137,9 @@ class FeatureIndex:
         settings = IndexSettings(score, kernel.kind, damping, store.digest(), SearchSettings(factory))
         shards = _make_shards(store, _Whitening(settings, kernel), factory)
         first = next(shards)  # a bad factory leaves the index that is there
-        for old in (store.path / "index.json", *store.path.glob("index*.faiss")):
-            old.unlink(missing_ok=True)  # files of two runs must never look like those of one
+        store.retire_index()  # files of two runs must never look like those of one
+        for old in store.path.glob("index*.faiss"):
+            old.unlink()
         kernel.save(store.path / KERNEL_FILE)
         files = []
         for number, shard in enumerate(chain([first], shards)):
@@ -368,6 +369,8 @@ def read_index_settings(store: FeatureStore, *, read_all: bool = False) -> Index
     try:
         content = read_sealed(path)
         sizes, checksums, search = (content.pop(name) for name in ("bytes", "sha256", "search"))
+        if not sizes:
+            raise StoreError(f"{store.path} has no index yet; {way_out}.")
         if content["kernel"] not in get_args(KernelKind):
             raise StoreError(f"the index in {store.path} has a kernel of an older version; {way_out}.")
         settings = IndexSettings(**content, search=SearchSettings(**search))
@@ -388,6 +391,20 @@ def read_index_settings(store: FeatureStore, *, read_all: bool = False) -> Index
     if settings.features_sha256 != store.digest():
         raise StoreError(f"the index in {store.path} is of other features; {way_out}.")
     return settings
+
+
+def read_index_choice(store: FeatureStore) -> dict[str, Any]:
+    """Return what the index in a store's folder is or was built for, as `build_index` takes it; nothing if unknown.
+
+    Left out is what was measured, since that was on other examples.
+    """
+    try:
+        content = read_sealed(store.path / "index.json")
+        choice = {name: content[name] for name in ("score", "kernel", "damping")}
+        search = {name: content["search"][name] for name in ("factory", "parameters", "candidates")}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+    return choice | {"search": SearchSettings(**search)} if choice["kernel"] in get_args(KernelKind) else {}
 
 
 def _files(folder: Path) -> list[Path]:

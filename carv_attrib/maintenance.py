@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +16,7 @@ from carv_attrib.config import DataConfig, ExecutionConfig, FeaturizeConfig, che
 from carv_attrib.data import open_dataset
 from carv_attrib.ensemble import member_folders
 from carv_attrib.errors import ArgumentError, DataError, StoreError, StoreMismatchError
-from carv_attrib.index import read_index_settings
+from carv_attrib.index import read_index_choice
 from carv_attrib.manifest import describe_dataset, restore_estimator
 from carv_attrib.memory import less_memory
 from carv_attrib.pipeline import build_index, write_parts
@@ -60,7 +60,6 @@ def append(
         raise ArgumentError(f"`{unknown[0]}` is decided by the index; {', '.join(APPEND_SETTINGS)} can be given.")
     store = FeatureStore.open(path)
     config = FeaturizeConfig.from_flat({**store.manifest["config"], **settings})
-    choice = _choice_of(store)
     if teacher is None or isinstance(teacher, str | Path):
         source = teacher or store.manifest["teacher"]["source"]
         teacher = load_teacher(source, device=config.execution.device, dtype=config.storage.dtype)
@@ -82,7 +81,7 @@ def append(
             _check_new(store, entry, examples.ids)
             store.change_manifest(appended=[*store.manifest.get("appended", ()), entry])
         write_parts(store, estimator, examples, config.execution, store.segments[-1])
-        build_index(FeatureStore.open(path), **choice)
+        build_index(FeatureStore.open(path), **read_index_choice(store))
     return FeatureStore.open(path)
 
 
@@ -109,10 +108,9 @@ def remove(path: str | Path, *, ids: Iterable[int] = (), keys: Iterable[str] = (
     stores = [FeatureStore.open(folder) for folder in member_folders(path)]
     found = [_find(store, ids, keys) for store in stores]
     for store, own in zip(stores, found, strict=True):
-        choice = _choice_of(store)
         with store.writing():
             store.remove(own)
-            build_index(FeatureStore.open(store.path), **choice)
+            build_index(FeatureStore.open(store.path), **read_index_choice(store))
         count = len(own)
     return count
 
@@ -244,18 +242,6 @@ def _export_trak(store: FeatureStore, folder: Path) -> list[Path]:
         array.flush()
     saver.serialize_current_model_id_metadata()
     return sorted(file for file in folder.rglob("*") if file.is_file())
-
-
-def _choice_of(store: FeatureStore) -> dict[str, Any]:
-    """Return what the search index is built for, so that it can be built again; nothing, for the defaults."""
-    try:
-        settings = read_index_settings(store)
-    except StoreError:
-        return {}
-    search = replace(
-        settings.search, recall=None, recall_error=None, milliseconds=None
-    )  # they were measured on other examples
-    return {"score": settings.score, "kernel": settings.kernel, "damping": settings.damping, "search": search}
 
 
 def _all_ids(store: FeatureStore) -> set[int]:

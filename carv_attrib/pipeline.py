@@ -21,7 +21,7 @@ from carv_attrib.config import ExecutionConfig, FeaturizeConfig, check_choice
 from carv_attrib.data import ExampleDataset, open_dataset
 from carv_attrib.errors import StoreError
 from carv_attrib.estimator import Estimator, average_bands, check_finite
-from carv_attrib.index import FeatureIndex, SearchSettings, read_index_settings
+from carv_attrib.index import FeatureIndex, SearchSettings, read_index_choice, read_index_settings
 from carv_attrib.kernel import Damping, KernelKind, ScoreKind, fit_kernel
 from carv_attrib.latents import EncodedBatch, LatentCache, encoded_parts
 from carv_attrib.manifest import open_or_create, restore_estimator
@@ -180,11 +180,11 @@ def featurize_part(
 
 
 def ensure_index(store: FeatureStore) -> None:
-    """Build the index unless there is a whole one of these features, whatever the score it was built for."""
+    """Build the index, for what an earlier one was built for, unless there is a whole one of these features."""
     try:
         read_index_settings(store, read_all=True)
     except StoreError:
-        build_index(store)
+        build_index(store, **read_index_choice(store))
 
 
 def build_index(

@@ -192,7 +192,9 @@ class Scorer:
             positions = index.search(sign * banded, score=choice.score, damping=choice.damping, top_k=wanted)[0]
             positions = positions[positions >= 0]
             if len(positions) > number:
-                scores = sign * self.candidate_scores(query, positions, choice, window).scores[0].numpy()
+                train = self.store.read_features(positions.tolist()).mean(2, keepdim=True)  # enough but for errors
+                means = self.score(query[:, window].mean(2, keepdim=True), train[:, window], choice)
+                scores = sign * means.scores[0].numpy()
                 positions = positions[np.argsort(-scores, kind="stable")[:number]]
             found.append(positions)
         return np.unique(np.concatenate(found))

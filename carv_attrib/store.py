@@ -198,10 +198,24 @@ class FeatureStore:
         """
         self.manifest = {**self.manifest, **entries}
         try:
-            (self.path / "index.json").unlink(missing_ok=True)
+            self.retire_index()
             self._write_manifest()
         except OSError as err:
             raise StoreError(f"{self.path} cannot be written: {err.strerror}; mend that, and run it again.") from err
+
+    def retire_index(self) -> None:
+        """Take the search index away; what it was made for stays, so that the next one can be made for it too.
+
+        Raises:
+            OSError: if the folder cannot be written.
+        """
+        file = self.path / "index.json"
+        try:
+            write_sealed(file, read_sealed(file) | {"bytes": {}, "sha256": {}})
+        except FileNotFoundError:
+            pass
+        except (ValueError, TypeError):
+            file.unlink()
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -415,13 +429,13 @@ class FeatureStore:
         Raises:
             StoreCorruptError: if one is damaged.
         """
+        wanted = np.asarray(positions, np.int64)
         bounds = np.cumsum([0, *map(len, self._part_ids)])
-        owners = np.searchsorted(bounds, positions, side="right") - 1
-        rows: dict[int, Tensor] = {}
+        owners = np.searchsorted(bounds, wanted, side="right") - 1
+        found = torch.empty(len(wanted), *self.feature_shape)
         for owner in np.unique(owners):
-            tensors = self._mapped(self.parts[owner])
-            wanted = np.asarray(positions)[owners == owner]
-            own = torch.from_numpy(wanted - bounds[owner])
+            tensors, here = self._mapped(self.parts[owner]), np.flatnonzero(owners == owner)
+            own = torch.from_numpy(wanted[here] - bounds[owner])
             values, scale = tensors["features"][own], tensors["features_scale"]
             scale = scale[own] if scale.dim() else scale
             if "row_crc32" in tensors:  # not in parts of earlier versions
@@ -431,8 +445,8 @@ class FeatureStore:
                         f"{self.features_path(self.parts[owner])} is damaged: the checksum of an example does not "
                         "match; delete it, featurize again."
                     )
-            rows.update(zip(wanted.tolist(), values.float() * scale, strict=True))
-        return torch.stack([rows[int(position)] for position in positions])
+            found[here] = values.float() * scale
+        return found
 
     def _mapped(self, part: int) -> dict[str, Tensor]:
         """Return what the features file of a part holds, memory-mapped, and kept for the next query."""

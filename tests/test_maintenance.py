@@ -17,8 +17,10 @@ from carv_attrib.cli import main
 from carv_attrib.data import open_dataset
 from carv_attrib.ensemble import featurize_ensemble
 from carv_attrib.errors import ArgumentError, DataError, StoreCorruptError, StoreError, StoreMismatchError
+from carv_attrib.index import SearchSettings, read_index_choice
 from carv_attrib.inspection import verify
 from carv_attrib.maintenance import append, export, merge, remove
+from carv_attrib.pipeline import build_index
 from carv_attrib.store import FeatureStore
 from tests.conftest import SETTINGS
 
@@ -89,7 +91,9 @@ def test_a_stopped_append_goes_on(
     tmp_path: Path, dit_folder: Path, digits: datasets.Dataset, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index, new = tmp_path / "index", digits.select(range(8, 20))
+    choice = {"score": "preconditioned", "kernel": "means", "damping": 0.3, "search": SearchSettings("SQfp16", "", 40)}
     featurize(dit_folder, digits.select(range(8)), index, id_column="id", **PLAIN)
+    build_index(FeatureStore.open(index), **choice)
     write_part = FeatureStore.write_part
 
     def stop(store: FeatureStore, part: int, *content: Any) -> None:
@@ -107,6 +111,8 @@ def test_a_stopped_append_goes_on(
         append(index, digits.select(range(8, 12)), id_column="id")
     featurize(dit_folder, digits.select(range(8)), index, id_column="id", **PLAIN)  # leaves the rest to append
     append(index, new, id_column="id")
+    assert read_index_choice(FeatureStore.open(index)) == choice
+    build_index(FeatureStore.open(whole), **choice)
     assert_same_answers(index, whole, digits[4]["image"])
 
 
