@@ -216,11 +216,22 @@ class FeatureIndex:
         return int(self._faiss.ntotal)
 
     def inner_products(
-        self, query: Float64[Tensor, "queries bands replicates d"], train: Float[Tensor, "train bands replicates d"]
+        self,
+        query: Float64[Tensor, "queries bands replicates d"],
+        train: Float[Tensor, "train bands replicates d"],
+        *,
+        score: ScoreKind,
+        damping: Damping,
     ) -> Float32[np.ndarray, "queries train"]:
-        """Return the inner products of queries, rotated as for `search`, and features, of which the index is made."""
-        inverse = self._kernel.inverse(self.settings.score, self.settings.damping)
-        found: np.ndarray = self._whiten.query(query, inverse) @ self._whiten(train).T
+        """Return, in single precision, what `search` sorts by if nothing is compressed: of features of examples."""
+        inverse = self._kernel.inverse(score, damping)
+        found: np.ndarray
+        if score.endswith("cosine"):
+            found = self._whiten.query(query, inverse) @ self._whiten(train).T
+        else:  # examples are not rotated, but queries back
+            vectors = query.mean(2) * inverse @ self._kernel.eigenvectors.T / query.shape[1]
+            means = self._kernel.averaged(train.mean(2, keepdim=True))
+            found = (vectors.flatten(1).float() @ means.flatten(1).T).numpy()
         return found
 
     def searched(self, search: SearchSettings) -> FeatureIndex:

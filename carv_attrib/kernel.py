@@ -51,8 +51,8 @@ class Kernel:
     auto_damping: float = DEFAULT_DAMPING
 
     def averaged(
-        self, features: Float64[Tensor, "*examples bands replicates d"]
-    ) -> Float64[Tensor, "*examples kept_bands replicates d"]:
+        self, features: Float[Tensor, "*examples bands replicates d"]
+    ) -> Float[Tensor, "*examples kept_bands replicates d"]:
         """Return the features that this kernel scores: bands, or their mean as one band."""
         return features if self.kind == "bands" else features.mean(-3, keepdim=True)
 

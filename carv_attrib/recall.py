@@ -26,7 +26,7 @@ from carv_attrib.teachers import load_teacher
 TOP_K = 10
 """Recall is of so many of the largest scores."""
 NUM_QUERIES = 200
-_CANDIDATES = tuple(NUM_CANDIDATES * 2**i for i in range(5))
+_CANDIDATES = tuple(round(NUM_CANDIDATES * 2 ** (i / 2)) for i in range(9))
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,12 @@ def _sample(index: FeatureIndex, store: FeatureStore, kernel: Kernel, queries: T
     if queries is None:
         own = choose_positions(stream_key(0, "queries"), torch.from_numpy(store.ids), NUM_QUERIES).numpy()
         queries = store.read_features(own.tolist())
-    rotated = kernel.banded(queries)
+    rotated, settings = kernel.banded(queries), index.settings
     best_scores, best = torch.empty(len(own), 0), torch.empty(len(own), 0, dtype=torch.int64)
     first = 0
     for part in store.parts:
-        scores = torch.from_numpy(index.inner_products(rotated, store.read_part(part).features))
+        train = store.read_part(part).features
+        scores = torch.from_numpy(index.inner_products(rotated, train, score=settings.score, damping=settings.damping))
         positions = first + torch.arange(scores.shape[1])
         scores[torch.from_numpy(own)[:, None] == positions] = -torch.inf
         first += len(positions)

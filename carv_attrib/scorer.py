@@ -192,9 +192,8 @@ class Scorer:
             positions = index.search(sign * banded, score=choice.score, damping=choice.damping, top_k=wanted)[0]
             positions = positions[positions >= 0]
             if len(positions) > number:
-                train = self.store.read_features(positions.tolist()).mean(2, keepdim=True)  # enough but for errors
-                means = self.score(query[:, window].mean(2, keepdim=True), train[:, window], choice)
-                scores = sign * means.scores[0].numpy()
+                train = self.store.read_features(positions.tolist())
+                scores = index.inner_products(sign * banded, train, score=choice.score, damping=choice.damping)[0]
                 positions = positions[np.argsort(-scores, kind="stable")[:number]]
             found.append(positions)
         return np.unique(np.concatenate(found))

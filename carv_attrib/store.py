@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import socket
@@ -22,7 +23,7 @@ from zlib import crc32
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, UInt8
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,6 +32,7 @@ from carv_attrib.errors import StoreCorruptError, StoreError, StoreMismatchError
 
 FORMAT_VERSION = 4
 _MAX_MAPPED = 1000  # files; a process may map some 65,000
+_MAX_TOUCHED, _FAULT = 2**30, 2**16  # bytes of them in memory; Linux maps so many around one that is read
 _PART_NAME = re.compile(r"part-\d{6,}")
 ENSEMBLE_FILE = "ensemble.json"
 """Lists the folders of the stores of several teachers; it lies beside them."""
@@ -133,6 +135,7 @@ class FeatureStore:
         self.path = path
         self.manifest = manifest
         self._mapped_parts: dict[int, dict[str, Tensor]] = {}
+        self._touched = 0
 
     @staticmethod
     def open(path: str | Path) -> FeatureStore:
@@ -344,6 +347,7 @@ class FeatureStore:
         self._mapped_parts.pop(part, None)
         try:
             write_records(self.examples_path(part), records)
+            tensors["examples_sha256"] = _as_bytes(file_digest(self.examples_path(part)))
             with atomic_file(self.features_path(part)) as temporary:
                 save_file(tensors, temporary, metadata={"sha256": tensor_digest(tensors)})
         except (OSError, SafetensorError) as err:
@@ -446,6 +450,9 @@ class FeatureStore:
                         "match; delete it, featurize again."
                     )
             found[here] = values.float() * scale
+        self._touched += len(wanted) * max(_FAULT, 4 * math.prod(self.feature_shape))
+        if self._touched > _MAX_TOUCHED:
+            self._mapped_parts, self._touched = {}, 0
         return found
 
     def _mapped(self, part: int) -> dict[str, Tensor]:
@@ -506,9 +513,17 @@ class FeatureStore:
                 good = [record.id for record in records if record.error is None]
                 if good != features.ids.tolist():
                     raise StoreCorruptError(f"{self.examples_path(part)} does not list the examples of its features.")
+                self._check_examples(part)
             except StoreCorruptError as err:
                 problems.append(str(err))
         return problems
+
+    def _check_examples(self, part: int) -> None:
+        """Compare the checksum of the records of a part, of which reading compares no more than the pages."""
+        expected = self._mapped(part).get("examples_sha256")  # not in parts of earlier versions
+        path = self.examples_path(part)
+        if expected is not None and not torch.equal(expected, _as_bytes(file_digest(path))):
+            raise StoreCorruptError(f"{path} is damaged: its checksum does not match; delete it, featurize again.")
 
     def _empty_part(self) -> PartFeatures:
         return PartFeatures(torch.empty(0, dtype=torch.int64), torch.empty(0, *self.feature_shape))
@@ -603,7 +618,7 @@ def _row_checksums(
     """Return the CRC-32 of the bytes of each id, of its values, and of their scales, one or as many as rows."""
     scales = scale if scale.dim() else scale.expand(len(ids))
     sums = [
-        crc32(factor.tobytes(), crc32(row.tobytes(), crc32(i.tobytes())))
+        crc32(factor, crc32(row, crc32(i)))
         for i, row, factor in zip(ids.numpy(), values.numpy(), scales.numpy(), strict=True)
     ]
     return torch.tensor(sums, dtype=torch.int64)
@@ -622,6 +637,11 @@ def file_digest(path: Path) -> str:
     """Return the hex SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _as_bytes(digest: str) -> UInt8[Tensor, " bytes"]:
+    """Return a hex digest as bytes."""
+    return torch.frombuffer(bytearray.fromhex(digest), dtype=torch.uint8)
 
 
 def _checksum(file: Any) -> str | None:

@@ -76,6 +76,16 @@ def test_features_at_positions_come_in_the_order_that_was_asked_for(store: Featu
     assert torch.equal(store.read_features(positions), everything[positions])
 
 
+def test_files_are_mapped_again_before_too_much_of_them_is_in_memory(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("carv_attrib.store._MAX_TOUCHED", 3 * 2**16)
+    everything = torch.cat([store.read_part(part).features for part in store.parts])
+    for positions, mapped in (([0, 1, 2], True), ([3, 4, 5], False), ([6], True)):
+        assert torch.equal(store.read_features(positions), everything[positions])
+        assert bool(store._mapped_parts) == mapped
+
+
 def test_records_are_found_by_id(store: FeatureStore) -> None:
     assert store.find_records([9, 2]) == {2: records_of([2])[0], 9: records_of([9])[0]}
 
@@ -285,8 +295,9 @@ def test_numbers_that_cannot_be_are_found(store: FeatureStore, name: str, value:
         FeatureStore.open(store.path)
 
 
-def test_one_flipped_bit_in_records_is_found(store: FeatureStore) -> None:
-    flip_bit(store.examples_path(2), 60)
+@pytest.mark.parametrize("place", [0, 60])  # Arrow does not look at the first
+def test_one_flipped_bit_in_records_is_found(store: FeatureStore, place: int) -> None:
+    flip_bit(store.examples_path(2), place)
     (problem,) = store.verify()
     assert "part-000002.parquet" in problem
 
