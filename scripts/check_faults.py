@@ -8,7 +8,7 @@ An index of 48 digits (packaged teacher, 4 parts) is copied for every case, or m
 A case passes if it ends as its column says, in one line that names the file or the example, without a traceback. After
 damage, `verify` must name the file, and a query must either be refused or give the very scores it gave before.
 `kill -9` is in `scripts/check_kills.py`, lost Ray workers in `tests/test_actors.py`, random bytes in every file of an
-index in `tests/test_fuzz.py`.
+index in `scripts/fuzz_readers.py`.
 """
 
 from __future__ import annotations

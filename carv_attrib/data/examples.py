@@ -135,7 +135,11 @@ class ExampleDataset:
         return caption or ""
 
     def _content(self, row: int) -> bytes:
-        cell, key = self._cells[row][self._image_column], self.key(row)
+        key = self.key(row)
+        try:
+            cell = self._cells[row][self._image_column]
+        except (ValueError, OSError) as err:
+            raise BadImageError(f"{key}: the row cannot be read ({reason(err)}).") from err
         content, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
         if content is not None:
             return bytes(content)
@@ -193,7 +197,10 @@ def _read_file(path: str, key: str) -> bytes:
 def _read_column(rows: datasets.Dataset, name: str | None) -> list[Any] | None:
     if name is None:
         return None
-    values: list[Any] = rows.select_columns([name]).with_format("arrow")[:].column(0).to_pylist()
+    try:
+        values: list[Any] = rows.select_columns([name]).with_format("arrow")[:].column(0).to_pylist()
+    except (ValueError, OSError) as err:
+        raise DataError(f"`dataset` cannot be read: column {printable(name)} is damaged ({reason(err)}).") from err
     return values
 
 

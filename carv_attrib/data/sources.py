@@ -33,6 +33,8 @@ _ROLE_NAMES = {
     "label": frozenset("label labels class class_id class_label target targets category".split()),
     "caption": frozenset("caption captions text texts prompt prompts description".split()),
 }
+_BAD_DATA = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+"""What `datasets` and Arrow raise for damaged or hostile data."""
 _ROLE_KINDS = {"image": ("image", "bytes"), "label": ("class", "integer"), "caption": ("text",)}
 _KINDS_BY_NAME = frozenset(("integer", "text"))  # numbers and texts mean many things: only the name tells
 
@@ -121,7 +123,7 @@ def _load(load: Callable[..., Any], *arguments: Any, name: str, **keywords: Any)
         loaded: dict[str, datasets.Dataset] = load(*arguments, **keywords)
     except datasets.exceptions.DatasetGenerationError as err:
         raise DataError(f"`dataset` cannot be read from {name}: {reason(err.__cause__ or err)}") from err
-    except (OSError, ValueError, TypeError, LookupError, RuntimeError, datasets.exceptions.DatasetsError) as err:
+    except (*_BAD_DATA, datasets.exceptions.DatasetsError) as err:
         raise DataError(f"`dataset` cannot be read from {name}: {reason(err)}") from err
     return loaded
 
