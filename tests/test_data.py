@@ -574,6 +574,21 @@ def test_file_of_another_type(tmp_path):
         open_dataset(tmp_path / "a.csv")
 
 
+def test_parquet_with_damaged_text(tmp_path):
+    captions = pa.array([b"\x80"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"x": [encode(solid((6, 0, 0)))], "caption": captions}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="`dataset` cannot be read: column caption is damaged .*'utf-8' codec"):
+        open_dataset(tmp_path / "a.parquet")
+
+
+def test_parquet_with_damaged_features(tmp_path):
+    about = {"huggingface": json.dumps({"info": {"features": {"x": {"dtype": ["binary"], "_type": "Value"}}}})}
+    table = pa.table({"x": [encode(solid((6, 0, 0)))]}).replace_schema_metadata(about)
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="`dataset` cannot be read from"):
+        open_dataset(tmp_path / "a.parquet")
+
+
 @pytest.mark.parametrize("source", ["/no/such/folder", "./missing", "missing.parquet", "a b", "x/y/z"])
 def test_missing_path(source):
     with pytest.raises(
