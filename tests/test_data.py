@@ -582,7 +582,7 @@ def test_parquet_with_damaged_text(tmp_path):
 
 
 def test_parquet_with_damaged_features(tmp_path):
-    about = {"huggingface": json.dumps({"info": {"features": {"x": {"dtype": ["binary"], "_type": "Value"}}}})}
+    about = {"huggingface": json.dumps({"info": {"features": {"x": ["binary"]}}})}
     table = pa.table({"x": [encode(solid((6, 0, 0)))]}).replace_schema_metadata(about)
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(DataError, match="`dataset` cannot be read from"):
