@@ -32,7 +32,8 @@ from carv_attrib.errors import StoreCorruptError, StoreError, StoreMismatchError
 
 FORMAT_VERSION = 4
 _MAX_MAPPED = 1000  # files; a process may map some 65,000
-_MAX_TOUCHED, _FAULT = 2**30, 2**16  # bytes of them in memory; Linux maps so many around one that is read
+_MAX_TOUCHED = 2**31  # bytes of them in memory
+_FAULT = 4 * 2**16  # that a row brings there: Linux maps 64 kB around a byte that is read, and a part has four tensors
 _PART_NAME = re.compile(r"part-\d{6,}")
 ENSEMBLE_FILE = "ensemble.json"
 """Lists the folders of the stores of several teachers; it lies beside them."""
@@ -450,7 +451,7 @@ class FeatureStore:
                         "match; delete it, featurize again."
                     )
             found[here] = values.float() * scale
-        self._touched += len(wanted) * max(_FAULT, 4 * math.prod(self.feature_shape))
+        self._touched += len(wanted) * (_FAULT + 4 * math.prod(self.feature_shape))
         if self._touched > _MAX_TOUCHED:
             self._mapped_parts, self._touched = {}, 0
         return found
