@@ -79,7 +79,7 @@ def test_features_at_positions_come_in_the_order_that_was_asked_for(store: Featu
 def test_files_are_mapped_again_before_too_much_of_them_is_in_memory(
     store: FeatureStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("carv_attrib.store._MAX_TOUCHED", 3 * 2**18)
+    monkeypatch.setattr("carv_attrib.store._MAX_TOUCHED", 4 * 2**18)
     everything = torch.cat([store.read_part(part).features for part in store.parts])
     for positions, mapped in (([0, 1, 2], True), ([3, 4, 5], False), ([6], True)):
         assert torch.equal(store.read_features(positions), everything[positions])
