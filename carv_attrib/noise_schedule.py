@@ -42,20 +42,20 @@ class NoiseSchedule:
 
     def add_noise(
         self,
-        latents: Float[Tensor, batch * dims],
-        noise: Float[Tensor, batch * dims],
+        latents: Float[Tensor, "batch *dims"],
+        noise: Float[Tensor, "batch *dims"],
         timesteps: Int[Tensor, " batch"],
-    ) -> Float[Tensor, batch * dims]:
+    ) -> Float[Tensor, "batch *dims"]:
         """Return `z_t = alpha_t z + sigma_t eps`."""
         alpha, sigma = self._levels(timesteps, latents)
         return alpha * latents + sigma * noise
 
     def target(
         self,
-        latents: Float[Tensor, batch * dims],
-        noise: Float[Tensor, batch * dims],
+        latents: Float[Tensor, "batch *dims"],
+        noise: Float[Tensor, "batch *dims"],
         timesteps: Int[Tensor, " batch"],
-    ) -> Float[Tensor, batch * dims]:
+    ) -> Float[Tensor, "batch *dims"]:
         """Return what a perfect denoiser would output: eps, `alpha_t eps - sigma_t z`, or z."""
         if self.prediction_type == "epsilon":
             return noise

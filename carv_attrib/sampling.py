@@ -214,7 +214,7 @@ def num_halves(num_draws: int, num_bands: int, scheme: Scheme) -> int:
 
 def _noise(
     latent_shape: Sequence[int], num_draws: int, scheme: Scheme, seed: int, purpose: str, id_: int | None
-) -> Float[Tensor, draws * latent]:
+) -> Float[Tensor, "draws *latent"]:
     """Return the noises of one row: one stream each, or one for each antithetic pair."""
     pair, name = pair_size(scheme), (purpose,) if id_ is None else (purpose, id_)
     streams = [stream(seed, *name, "noise", k) for k in range(num_draws // pair)]

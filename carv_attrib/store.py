@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import math
 import os
 import re
 import socket
@@ -31,9 +30,8 @@ from torch import Tensor
 from carv_attrib.errors import StoreCorruptError, StoreError, StoreMismatchError
 
 FORMAT_VERSION = 4
-_MAX_MAPPED = 1000  # files; a process may map some 65,000
-_MAX_TOUCHED = 2**31  # bytes of them in memory
-_FAULT = 4 * 2**16  # that a row brings there: Linux maps 64 kB around a byte that is read, and a part has four tensors
+_MAX_OPENED = 1000  # parts whose scales and checksums are kept
+_NO_CHECKSUM = -1  # of the rows of parts of earlier versions
 _PART_NAME = re.compile(r"part-\d{6,}")
 ENSEMBLE_FILE = "ensemble.json"
 """Lists the folders of the stores of several teachers; it lies beside them."""
@@ -129,14 +127,54 @@ def concatenate(pieces: Sequence[PartFeatures]) -> PartFeatures | None:
     return PartFeatures(*(torch.cat([getattr(piece, name) for piece in pieces]) for name in ("ids", "features")))
 
 
+class _PartRows:
+    """Reads rows of a part.
+
+    Features are read, not mapped: a row of a mapped file brings 64 kB and more of it into memory, and keeps it there.
+    """
+
+    def __init__(self, path: Path, file: Any, ids: Int64[np.ndarray, " examples"]) -> None:
+        features = file.get_slice("features")
+        self._path, self._ids = path, ids
+        self._shape = features.get_shape()[1:]
+        self._dtype = {"F16": np.float16, "F32": np.float32}[features.get_dtype()]
+        self._offset = _data_offset(path, "features")
+        # copies, since a tensor of safetensors keeps the file mapped; one scale for all is one for each
+        scale = file.get_tensor("features_scale").clone()
+        self._scale = (scale if scale.dim() else scale.expand(len(ids), *[1] * len(self._shape))).numpy()
+        has_checksums = "row_crc32" in file.keys()
+        self._row_crc32 = (
+            file.get_tensor("row_crc32").clone().numpy() if has_checksums else np.full(len(ids), _NO_CHECKSUM)
+        )
+
+    def read(self, rows: Int64[np.ndarray, " rows"]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return ids, features over their scales, scales and checksums of rows.
+
+        Raises:
+            StoreCorruptError: if the file is gone or too short.
+        """
+        values = np.empty((len(rows), *self._shape), self._dtype)
+        size = values[:1].nbytes
+        try:
+            with self._path.open("rb", buffering=0) as file:
+                lengths = [
+                    os.preadv(file.fileno(), [own], self._offset + row * size)
+                    for row, own in zip(rows.tolist(), values, strict=True)
+                ]
+        except OSError as err:
+            raise StoreCorruptError(f"{self._path} cannot be read: {err}; if it is gone, featurize again.") from err
+        if min(lengths) < size:
+            raise StoreCorruptError(f"{self._path} is damaged: it is too short; delete it, featurize again.")
+        return self._ids[rows], values, self._scale[rows], self._row_crc32[rows]
+
+
 class FeatureStore:
     """A folder of features, open for reading and for adding the parts that are missing."""
 
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
-        self._mapped_parts: dict[int, dict[str, Tensor]] = {}
-        self._touched = 0
+        self._opened: dict[int, _PartRows] = {}
 
     @staticmethod
     def open(path: str | Path) -> FeatureStore:
@@ -344,8 +382,8 @@ class FeatureStore:
 
     def _write_files(self, part: int, tensors: Mapping[str, Tensor], records: Sequence[Record]) -> None:
         tensors = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}  # unshared
-        tensors["row_crc32"] = _row_checksums(tensors["ids"], tensors["features"], tensors["features_scale"])
-        self._mapped_parts.pop(part, None)
+        tensors["row_crc32"] = _checksums_of_rows(tensors)
+        self._opened.pop(part, None)
         try:
             write_records(self.examples_path(part), records)
             tensors["examples_sha256"] = _as_bytes(file_digest(self.examples_path(part)))
@@ -437,33 +475,32 @@ class FeatureStore:
         wanted = np.asarray(positions, np.int64)
         bounds = np.cumsum([0, *map(len, self._part_ids)])
         owners = np.searchsorted(bounds, wanted, side="right") - 1
-        found = torch.empty(len(wanted), *self.feature_shape)
-        for owner in np.unique(owners):
-            tensors, here = self._mapped(self.parts[owner]), np.flatnonzero(owners == owner)
-            own = torch.from_numpy(wanted[here] - bounds[owner])
-            values, scale = tensors["features"][own], tensors["features_scale"]
-            scale = scale[own] if scale.dim() else scale
-            if "row_crc32" in tensors:  # not in parts of earlier versions
-                sums = _row_checksums(torch.from_numpy(self._part_ids[owner])[own], values, scale)
-                if not torch.equal(tensors["row_crc32"][own], sums):
-                    raise StoreCorruptError(
-                        f"{self.features_path(self.parts[owner])} is damaged: the checksum of an example does not "
-                        "match; delete it, featurize again."
-                    )
-            found[here] = values.float() * scale
-        self._touched += len(wanted) * (_FAULT + 4 * math.prod(self.feature_shape))
-        if self._touched > _MAX_TOUCHED:
-            self._mapped_parts, self._touched = {}, 0
+        pieces = [
+            self._part_rows(owner).read(wanted[owners == owner] - bounds[owner]) for owner in np.unique(owners).tolist()
+        ]
+        if not pieces:
+            return torch.empty(0, *self.feature_shape)
+        ids, values, scale, expected = map(np.concatenate, zip(*pieces, strict=True))
+        order = np.argsort(owners, kind="stable")
+        damaged = (expected != _NO_CHECKSUM) & (expected != _row_checksums(ids, values, scale))
+        if damaged.any():
+            path = self.features_path(self.parts[owners[order][damaged.argmax()]])
+            raise StoreCorruptError(
+                f"{path} is damaged: the checksum of an example does not match; delete it, featurize again."
+            )
+        found = torch.empty(values.shape)
+        found[order] = torch.from_numpy(values).float().mul_(torch.from_numpy(scale))
         return found
 
-    def _mapped(self, part: int) -> dict[str, Tensor]:
-        """Return what the features file of a part holds, memory-mapped, and kept for the next query."""
-        if part not in self._mapped_parts:
-            if len(self._mapped_parts) >= _MAX_MAPPED:
-                self._mapped_parts.clear()
+    def _part_rows(self, place: int) -> _PartRows:
+        """Return what reads rows of the part at a place of `parts`; it is kept for the next query."""
+        part = self.parts[place]
+        if part not in self._opened:
+            if len(self._opened) >= _MAX_OPENED:
+                self._opened.clear()
             with self._open_part(part) as file:
-                self._mapped_parts[part] = {name: file.get_tensor(name) for name in file.keys()}
-        return self._mapped_parts[part]
+                self._opened[part] = _PartRows(self.features_path(part), file, self._part_ids[place])
+        return self._opened[part]
 
     def read_records(self, part: int) -> list[Record]:
         """Return the records of a part, skipped examples among them.
@@ -521,7 +558,8 @@ class FeatureStore:
 
     def _check_examples(self, part: int) -> None:
         """Compare the checksum of the records of a part, of which reading compares no more than the pages."""
-        expected = self._mapped(part).get("examples_sha256")  # not in parts of earlier versions
+        with self._open_part(part) as file:  # parts of earlier versions have none
+            expected = file.get_tensor("examples_sha256") if "examples_sha256" in file.keys() else None
         path = self.examples_path(part)
         if expected is not None and not torch.equal(expected, _as_bytes(file_digest(path))):
             raise StoreCorruptError(f"{path} is damaged: its checksum does not match; delete it, featurize again.")
@@ -548,6 +586,13 @@ class FeatureStore:
                 yield file
         except (OSError, SafetensorError) as err:
             raise StoreCorruptError(f"{path} is damaged: {err}; delete it and featurize again.") from err
+
+
+def _data_offset(path: Path, name: str) -> int:
+    """Return how many bytes of a safetensors file, which can be opened, lie before a tensor."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return 8 + length + int(json.loads(file.read(length))[name]["data_offsets"][0])
 
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
@@ -614,23 +659,25 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _row_checksums(
-    ids: Int64[Tensor, " rows"], values: Float[Tensor, rows * shape], scale: Float[Tensor, "*scales"]
-) -> Int64[Tensor, " rows"]:
-    """Return the CRC-32 of the bytes of each id, of its values, and of their scales, one or as many as rows."""
-    scales = scale if scale.dim() else scale.expand(len(ids))
-    sums = [
-        crc32(factor, crc32(row, crc32(i)))
-        for i, row, factor in zip(ids.numpy(), values.numpy(), scales.numpy(), strict=True)
-    ]
-    return torch.tensor(sums, dtype=torch.int64)
+    ids: Int64[np.ndarray, " rows"], values: Float[np.ndarray, "rows *shape"], scale: Float[np.ndarray, "rows *scales"]
+) -> Int64[np.ndarray, " rows"]:
+    """Return the CRC-32 of the bytes of each id, of its values, and of their scales."""
+    rows = zip(ids, values, scale, strict=True)
+    return np.fromiter((crc32(factor, crc32(row, crc32(i))) for i, row, factor in rows), np.int64, len(ids))
+
+
+def _checksums_of_rows(tensors: Mapping[str, Tensor]) -> Int64[Tensor, " rows"]:
+    """Return the checksums of the rows of a part, where one scale for all is one for each."""
+    ids, values, scale = (tensors[name] for name in ("ids", "features", "features_scale"))
+    scale = scale if scale.dim() else scale.expand(len(ids))
+    return torch.from_numpy(_row_checksums(ids.numpy(), values.numpy(), scale.numpy()))
 
 
 def _damaged_rows(tensors: Mapping[str, Tensor]) -> str:
     """Return which rows of a part do not have their checksums, as words; none, where they have no checksums."""
     if "row_crc32" not in tensors:
         return ""
-    sums = _row_checksums(tensors["ids"], tensors["features"], tensors["features_scale"])
-    damaged = (sums != tensors["row_crc32"]).nonzero().flatten().tolist()
+    damaged = (_checksums_of_rows(tensors) != tensors["row_crc32"]).nonzero().flatten().tolist()
     return f", in rows {damaged[0]} to {damaged[-1]}" if damaged else ""
 
 

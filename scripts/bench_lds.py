@@ -7,10 +7,11 @@ Writes:   docs/benchmarks/lds/TASK/lds.json, and the table that it prints; score
 
 Methods are settings of `featurize` and of the query. Each is scored at every damping of a grid; the damping is chosen
 on the even subsets, and the odd ones are reported, for all methods alike. TRAK and D-TRAK run the code of `trak`
-(`lds_peers.py`); `lds_unprojected.py` has ours without a projection. What is equal is the teacher, the queries, the
-number of draws and, but for rows that say otherwise, 2,048 dimensions, the default of `trak` and ours. Mean over
-queries of the rank correlation over subsets; standard errors by a bootstrap over subsets and queries, and of the
-difference to the default by the same resamples.
+(`lds_peers.py`), and TRAK that of `dattri` too (`lds_dattri.py`, which wants `pip install dattri`);
+`lds_unprojected.py` has ours without a projection. What is equal is the teacher, the queries, the number of draws and,
+but for rows that say otherwise, 2,048 dimensions, the default of `trak` and ours. Mean over queries of the rank
+correlation over subsets; standard errors by a bootstrap over subsets and queries, and of the difference to the default
+by the same resamples.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import astuple, dataclass
+from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 import torch
 from benchmark import describe_machine
+from lds_dattri import Dattri
 from lds_inputs import DAMPINGS, Inputs, index, kept
 from lds_peers import Peer, dtrak_recipe, trak_recipe
 from lds_unprojected import WithoutProjection
@@ -70,7 +73,7 @@ class Ours:
         return kept(file, lambda: score_at_dampings(inputs, index(inputs, settings), self))
 
 
-Method = Ours | Peer | WithoutProjection
+Method = Ours | Peer | Dattri | WithoutProjection
 
 
 def methods() -> dict[str, Method]:
@@ -92,6 +95,7 @@ def methods() -> dict[str, Method]:
         found[f"ours, 4 draws, rank {rank}, {dims} dims"] = Ours({"num_draws": 4, "rank": rank, "proj_dim": dims})
     found["ours, 4 draws, unprojected"] = WithoutProjection(4)
     found |= {f"TRAK, {k} draws": trak_recipe(k) for k in (4, 16, 64)}
+    found |= {f"TRAK by dattri, 4 draws, {dims} dims": Dattri(4, dims) for dims in (512, 2048)}
     found |= {f"D-TRAK, {k} draws": dtrak_recipe(k) for k in (10, 100)}
     return dict(sorted(found.items(), key=lambda pair: pair[1].num_draws))
 
@@ -144,6 +148,18 @@ def by_damping(
         for damping, own in scores.items()
         if not damping.startswith("auto")
     }
+
+
+def final_scores(scores: dict[str, dict[str, np.ndarray]], truth: GroundTruth) -> dict[str, np.ndarray]:
+    """Return the scores of each method at its automatic damping; without one, at the best of the even subsets."""
+    final = {name: own["auto" if "auto" in own else next(iter(own))].copy() for name, own in scores.items()}
+    for kind in dict.fromkeys(truth.query_kinds.tolist()):
+        queries = np.flatnonzero(truth.query_kinds == kind)
+        for name, own in scores.items():
+            if "auto" not in own:
+                found = by_damping(own, truth, queries, np.arange(len(truth.masks))[::2])
+                final[name][queries] = own[max(found, key=lambda damping: found[damping])][queries]
+    return final
 
 
 def evaluate(scores: dict[str, dict[str, np.ndarray]], truth: GroundTruth) -> dict[str, Any]:
@@ -217,16 +233,19 @@ def print_table(result: dict[str, Any]) -> None:
 
 @click.command()
 @click.option("--task", type=click.Choice(list(TASKS)), required=True)
-@click.option("--only", default="", help="Only print, and only methods whose names hold this text.")
+@click.option("--method", "names", multiple=True, help="Only those of these names; lds.json is left alone.")
 @click.option("--most-draws", default=100, show_default=True, help="Leave out methods with more.")
-def main(task: str, only: str, most_draws: int) -> None:
+@click.option(
+    "--scores", "path", type=click.Path(path_type=Path), help="Where to keep scores for make_counterfactuals."
+)
+def main(task: str, names: tuple[str, ...], most_draws: int, path: Path | None) -> None:
     """Score every method that is missing, and print the table."""
     folder = FOLDER / task
     truth = GroundTruth.load(folder / "ground-truth.npz")
     inputs = Inputs(task, load_teacher(folder / "teacher", device="cpu"), truth)
-    scores = {name: {"": own} for name, own in baselines(task, truth).items()}
+    scores = {name: {"": own} for name, own in baselines(task, truth).items() if not names or name in names}
     for name, method in methods().items():
-        if only in name and method.num_draws <= most_draws:
+        if name in names if names else method.num_draws <= most_draws:
             print(time.strftime("%H:%M:%S"), name, flush=True)
             scores[name] = method.scores(inputs)
     result = {
@@ -236,9 +255,11 @@ def main(task: str, only: str, most_draws: int) -> None:
         "seeds": truth.losses.shape[1],
         "queries": evaluate(scores, truth),
     }
-    if not only:
+    if not names:
         with atomic_file(folder / "lds.json") as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n")
+    if path:
+        np.savez(path, **final_scores(scores, truth))
     print_table(result["queries"])
 
 

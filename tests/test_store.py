@@ -76,14 +76,25 @@ def test_features_at_positions_come_in_the_order_that_was_asked_for(store: Featu
     assert torch.equal(store.read_features(positions), everything[positions])
 
 
-def test_files_are_mapped_again_before_too_much_of_them_is_in_memory(
+@pytest.mark.parametrize(("damage", "message"), [("delete", "cannot be read"), ("cut", "is too short")])
+def test_rows_of_a_part_that_is_lost_after_it_was_opened(store: FeatureStore, damage: str, message: str) -> None:
+    store.read_features([0])
+    path = store.features_path(0)
+    if damage == "delete":
+        path.unlink()
+    else:
+        os.truncate(path, store._opened[0]._offset + 10)
+    with pytest.raises(StoreCorruptError, match=message):
+        store.read_features([1])
+
+
+def test_parts_are_opened_again_where_there_are_many_parts(
     store: FeatureStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("carv_attrib.store._MAX_TOUCHED", 4 * 2**18)
+    monkeypatch.setattr("carv_attrib.store._MAX_OPENED", 1)
     everything = torch.cat([store.read_part(part).features for part in store.parts])
-    for positions, mapped in (([0, 1, 2], True), ([3, 4, 5], False), ([6], True)):
-        assert torch.equal(store.read_features(positions), everything[positions])
-        assert bool(store._mapped_parts) == mapped
+    assert torch.equal(store.read_features([9, 1, 5, 0]), everything[[9, 1, 5, 0]])
+    assert len(store._opened) == 1
 
 
 def test_records_are_found_by_id(store: FeatureStore) -> None:
