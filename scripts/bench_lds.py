@@ -7,11 +7,10 @@ Writes:   docs/benchmarks/lds/TASK/lds.json, and the table that it prints; score
 
 Methods are settings of `featurize` and of the query. Each is scored at every damping of a grid; the damping is chosen
 on the even subsets, and the odd ones are reported, for all methods alike. TRAK and D-TRAK run the code of `trak`
-(`lds_peers.py`), and TRAK that of `dattri` too (`lds_dattri.py`, which wants `pip install dattri`);
-`lds_unprojected.py` has ours without a projection. What is equal is the teacher, the queries, the number of draws and,
-but for rows that say otherwise, 2,048 dimensions, the default of `trak` and ours. Mean over queries of the rank
-correlation over subsets; standard errors by a bootstrap over subsets and queries, and of the difference to the default
-by the same resamples.
+(`lds_peers.py`; `check_dattri.py` compares the gradients of `dattri`); `lds_unprojected.py` has ours without a
+projection. What is equal is the teacher, the queries, the number of draws and, but for rows that say otherwise, 2,048
+dimensions, the default of `trak` and ours. Mean over queries of the rank correlation over subsets; standard errors by a
+bootstrap over subsets and queries, and of the difference to the default by the same resamples.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ import click
 import numpy as np
 import torch
 from benchmark import describe_machine
-from lds_dattri import Dattri
 from lds_inputs import DAMPINGS, Inputs, index, kept
 from lds_peers import Peer, dtrak_recipe, trak_recipe
 from lds_unprojected import WithoutProjection
@@ -73,7 +71,7 @@ class Ours:
         return kept(file, lambda: score_at_dampings(inputs, index(inputs, settings), self))
 
 
-Method = Ours | Peer | Dattri | WithoutProjection
+Method = Ours | Peer | WithoutProjection
 
 
 def methods() -> dict[str, Method]:
@@ -95,7 +93,6 @@ def methods() -> dict[str, Method]:
         found[f"ours, 4 draws, rank {rank}, {dims} dims"] = Ours({"num_draws": 4, "rank": rank, "proj_dim": dims})
     found["ours, 4 draws, unprojected"] = WithoutProjection(4)
     found |= {f"TRAK, {k} draws": trak_recipe(k) for k in (4, 16, 64)}
-    found |= {f"TRAK by dattri, 4 draws, {dims} dims": Dattri(4, dims) for dims in (512, 2048)}
     found |= {f"D-TRAK, {k} draws": dtrak_recipe(k) for k in (10, 100)}
     return dict(sorted(found.items(), key=lambda pair: pair[1].num_draws))
 
@@ -259,7 +256,7 @@ def main(task: str, names: tuple[str, ...], most_draws: int, path: Path | None) 
         with atomic_file(folder / "lds.json") as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n")
     if path:
-        np.savez(path, **final_scores(scores, truth))
+        np.savez(path, **final_scores({name: scores[name] for name in names or scores}, truth))
     print_table(result["queries"])
 
 

@@ -4,15 +4,15 @@ Command:  python scripts/make_counterfactuals.py --task demo --scores scores.npz
           (needs make_lds_ground_truth.py before)
 Hardware: 7 minutes of one CPU core for a model of `demo`, 10 for one of `pixels`; for M methods, 20 queries, 3
           fractions and 3 seeds these are 180 M + 12 models
-Writes:   docs/benchmarks/lds/TASK/counterfactual.npz after every model; a killed run goes on, and more methods,
-          queries, fractions or seeds are added to what is there
+Writes:   docs/benchmarks/lds/TASK/counterfactual.npz after every model, or counterfactual-E-epochs.npz with --epochs E;
+          a killed run goes on, and more methods, queries, fractions or seeds are added to what is there
 
 The file of scores has an array (queries, train) for each method, under its name, for the queries and the training
-examples of the task's `ground-truth.npz`, such as `GroundTruth.scores` returns. For queries chosen by a hash, the 1, 5
-and 10 % of the training examples with the largest scores of each method are removed, and models trained on the others
-by the recipe of the ground truth; kept is the query's loss, as the ground truth has it, over all timesteps. Beside
-them are models that lack as many random examples, others for each seed but the same for all queries, and models
-trained on everything. All models of one seed begin with the same weights.
+examples of the task's `ground-truth.npz`, such as `GroundTruth.scores` returns, or `bench_lds.py --scores` writes. For
+queries chosen by a hash, the 1, 5 and 10 % of the training examples with the largest scores of each method are removed,
+and models trained on the others by the recipe of the ground truth; kept is the query's loss, as the ground truth has
+it, over all timesteps. Beside them are models that lack as many random examples, others for each seed but the same for
+all queries, and models trained on everything. All models of one seed begin with the same weights.
 """
 
 from __future__ import annotations
@@ -128,12 +128,12 @@ def digests(scores: dict[str, np.ndarray]) -> dict[str, str]:
 
 
 def open_results(
-    path: Path, scores: dict[str, np.ndarray], fractions: Sequence[float], seeds: int, num_queries: int, epochs: float
+    path: Path, scores: dict[str, np.ndarray], fractions: Sequence[float], seeds: int, num_queries: int
 ) -> dict[str, np.ndarray]:
     """Return the results at `path`, or none yet, with room for what is asked for.
 
     Raises:
-        click.UsageError: if models there were trained for other epochs, or by other scores of the same name.
+        click.UsageError: if models there were trained by other scores of the same name.
     """
     arrays = {
         "methods": np.array([], str),
@@ -142,13 +142,10 @@ def open_results(
         "seeds": np.array([], int),
         "losses": np.zeros((0, 0, num_queries, 0)),
         "full_losses": np.zeros((num_queries, 0)),
-        "epochs": np.float64(epochs),
     }
     if path.is_file():
         with np.load(path) as file:
             arrays = dict(file)
-    if arrays["epochs"] != epochs:
-        raise click.UsageError(f"{path} has models of {arrays['epochs']} epochs; use those, or another --folder.")
     known = dict(zip(arrays["methods"].tolist(), arrays["score_sha256"].tolist(), strict=True))
     new = digests(scores) | {RANDOM: ""}
     if changed := [method for method, digest in new.items() if known.get(method, digest) != digest]:
@@ -192,7 +189,9 @@ def add_losses(arrays: dict[str, np.ndarray], model: Model, losses: np.ndarray) 
 )
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--processes", default=os.cpu_count() or 1, show_default=True)
-@click.option("--epochs", default=float(EPOCHS), show_default=True, help="Fewer for a trial, with another --folder.")
+@click.option(
+    "--epochs", default=float(EPOCHS), show_default=True, help="Fewer take less time, and have a file of their own."
+)
 @click.option("--folder", type=click.Path(path_type=Path), default=FOLDER, show_default=True)
 def main(
     name: str,
@@ -206,14 +205,14 @@ def main(
 ) -> None:
     """Train every model that is missing."""
     folder = folder / name
-    path = folder / "counterfactual.npz"
+    path = folder / ("counterfactual.npz" if epochs == EPOCHS else f"counterfactual-{epochs:g}-epochs.npz")
     one_thread()
     if not (folder / "ground-truth.npz").is_file():
         raise click.UsageError(f"{folder} has no ground-truth.npz; run make_lds_ground_truth.py, or name its --folder.")
     with np.load(folder / "ground-truth.npz") as file:
         num_queries, num_train = len(file["query_labels"]), len(file["train_ids"])
     scores = read_scores(scores_path, num_queries, num_train)
-    arrays = open_results(path, scores, fractions, seeds, num_queries, epochs)
+    arrays = open_results(path, scores, fractions, seeds, num_queries)
     chosen = choose_positions(stream_key(SEED, "counterfactual"), torch.arange(num_queries), queries).tolist()
     models = list(all_models(list(scores), fractions, chosen, range(seeds)))
     missing = [model for model in models if np.isnan(place(arrays, model)).any()]

@@ -12,13 +12,14 @@ import lds_unprojected
 import numpy as np
 import pytest
 import torch
-from bench_lds import methods
+from bench_lds import final_scores, methods
 from lds_inputs import kept, take
 from torch import Tensor
 
 from carv_attrib import load_teacher
 from carv_attrib.config import FeaturizeConfig
 from carv_attrib.estimator import Encoded, Estimator, GradientProfile, average_bands, build_estimator
+from carv_attrib.evaluation import GroundTruth
 from carv_attrib.kernel import decompose
 from carv_attrib.scores import score_bands
 from carv_attrib.teacher import Teacher
@@ -177,3 +178,21 @@ def test_take_takes_conditions_along(encoded: Encoded) -> None:
     part = take(encoded, slice(1, 3))
     assert part.latents.shape[0] == 2
     assert part.condition["class_labels"].tolist() == [1, 2]
+
+
+def test_the_scores_for_counterfactuals_are_at_the_automatic_damping_or_at_the_best_of_even_subsets() -> None:
+    """The even subsets' losses fall as the scores at 0.1 say; those of the odd ones as the others, which count not."""
+    generator = np.random.default_rng(0)
+    masks, good = generator.random((8, 20)) < 0.5, generator.standard_normal((4, 20))
+    losses = -np.where(np.arange(8)[:, None] % 2, -1, 1) * (masks @ good.T)
+    truth = GroundTruth(
+        masks,
+        losses[:, None, :, None],
+        np.arange(20),
+        query_images=np.zeros((4, 8, 8), np.uint8),
+        query_labels=np.zeros(4, np.int64),
+        query_kinds=np.array(["held-out", "held-out", "generated", "generated"]),
+    )
+    found = final_scores({"peer": {"0.1": good, "1.0": -good}, "ours": {"0.1": good, "auto": 2 * good}}, truth)
+    np.testing.assert_array_equal(found["peer"], good)
+    np.testing.assert_array_equal(found["ours"], 2 * good)

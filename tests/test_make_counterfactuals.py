@@ -139,7 +139,6 @@ def test_what_would_mix_results_up_is_refused(
     assert make({"ours": effects}, *flags).exit_code == 0
     for scores, more, message in (
         ({"ours": -effects}, (), "has models by other scores that are called ours; rename these."),
-        ({"ours": effects}, ("--epochs", 3), "has models of 100.0 epochs; use those, or another --folder."),
         ({"random": effects}, (), "must not have the name 'random', which is taken; rename it."),
         ({"ours": effects[:, 1:]}, (), "(queries, train) = (8, 100), ours is (8, 99); score all queries of"),
         ({"ours": effects}, ("--folder", tmp_path / "none"), "has no ground-truth.npz; run make_lds_ground_truth.py"),
@@ -148,6 +147,19 @@ def test_what_would_mix_results_up_is_refused(
         assert refused.exit_code == 2
         assert message in refused.output
     assert len(trained) == 4 + 4
+
+
+def test_models_of_other_epochs_have_a_file_of_their_own(
+    tmp_path: Path, make: Callable[..., Result], trained: list[Any], effects: np.ndarray
+) -> None:
+    flags = ("--queries", 2, "--fraction", 0.1)
+    for epochs in ((), ("--epochs", 3)):
+        assert make({"ours": effects}, *flags, *epochs).exit_code == 0
+    assert len(trained) == 2 * (4 + 4)
+    losses, few = (
+        np.load(tmp_path / "demo" / name)["losses"] for name in ("counterfactual.npz", "counterfactual-3-epochs.npz")
+    )
+    np.testing.assert_array_equal(losses, few)
 
 
 def test_a_model_that_diverged_is_not_kept(
