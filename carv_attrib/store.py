@@ -31,6 +31,7 @@ from carv_attrib.errors import StoreCorruptError, StoreError, StoreMismatchError
 
 FORMAT_VERSION = 4
 _MAX_OPENED = 1000  # parts whose scales and checksums are kept
+_LATER_TENSORS = ("row_crc32", "examples_sha256")  # which parts of earlier versions do not have
 _NO_CHECKSUM = -1  # of the rows of parts of earlier versions
 _PART_NAME = re.compile(r"part-\d{6,}")
 ENSEMBLE_FILE = "ensemble.json"
@@ -574,18 +575,42 @@ class FeatureStore:
 
     @contextmanager
     def _open_part(self, part: int) -> Iterator[Any]:
-        """Open a features file (memory-mapped) after a check of its shapes against the manifest."""
-        path, shape = self.features_path(part), self.feature_shape
+        """Open a features file (memory-mapped) after a check of its tensors against the manifest."""
+        path = self.features_path(part)
         try:
             with safe_open(path, framework="pt") as file:
-                features, ids = file.get_slice("features"), file.get_slice("ids")
-                if features.get_shape() != [*ids.get_shape(), *shape]:
-                    raise StoreCorruptError(f"{path} does not hold features of shape (examples, {str(shape)[1:-1]}).")
-                if features.get_dtype() not in ("F16", "F32") or ids.get_dtype() != "I64":
-                    raise StoreCorruptError(f"{path} does not hold features in float16 or float32, and ids in int64.")
+                _check_tensors(path, file, self.feature_shape)
                 yield file
         except (OSError, SafetensorError) as err:
             raise StoreCorruptError(f"{path} is damaged: {err}; delete it and featurize again.") from err
+
+
+def _check_tensors(path: Path, file: Any, feature_shape: Sequence[int]) -> None:
+    """Refuse a features file whose tensors are not those of docs/store-format.md.
+
+    Raises:
+        StoreCorruptError: for one that is missing, or of another dtype or shape.
+    """
+    slices = {name: file.get_slice(name) for name in file.keys()}
+    found = {name: (own.get_dtype(), own.get_shape()) for name, own in slices.items()}
+    examples = found.get("ids", ("", [0]))[1]
+    features, scales = [*examples, *feature_shape], [*examples, *feature_shape[:-1], 1]
+    allowed = {
+        "ids": [("I64", examples[:1])],
+        "features": [("F16", features), ("F32", features)],
+        "features_scale": [("F32", scales), ("F32", [])],
+        "row_crc32": [("I64", examples)],
+        "examples_sha256": [("U8", [32])],
+    }
+    for name, kinds in allowed.items():
+        if name not in found and name not in _LATER_TENSORS:
+            raise StoreCorruptError(f"{path} has no {name}; delete it and featurize again.")
+        if name in found and found[name] not in kinds:
+            wanted = " or ".join(f"{dtype} {shape}" for dtype, shape in kinds)
+            raise StoreCorruptError(
+                f"{path} must have {name} of {wanted} by the manifest, has {found[name][0]} {found[name][1]}; "
+                "delete it and featurize again."
+            )
 
 
 def _data_offset(path: Path, name: str) -> int:

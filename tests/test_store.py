@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -323,11 +325,36 @@ def test_missing_truncated_and_swapped_files_are_found(store: FeatureStore) -> N
     assert any("part-000002.parquet does not list the examples" in problem for problem in problems)
 
 
-def test_features_of_another_shape_are_refused_when_read(store: FeatureStore) -> None:
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "features",
+            lambda x: x[..., :5],
+            "F16 [4, 2, 2, 6] or F32 [4, 2, 2, 6] by the manifest, has F16 [4, 2, 2, 5]",
+        ),
+        ("features", torch.Tensor.double, "has F64 [4, 2, 2, 6]"),
+        ("ids", torch.Tensor.int, "must have ids of I64 [4] by the manifest, has I32 [4]"),
+        ("ids", lambda x: x[None], "must have ids of I64 [1] by the manifest, has I64 [1, 4]"),
+        ("features_scale", lambda x: x[:, 0], "F32 [4, 2, 2, 1] or F32 [] by the manifest, has F32 [4, 2, 1]"),
+        ("row_crc32", lambda x: x[:3], "must have row_crc32 of I64 [4] by the manifest, has I64 [3]"),
+        ("examples_sha256", lambda x: x[:3], "must have examples_sha256 of U8 [32] by the manifest, has U8 [3]"),
+        ("features_scale", None, "has no features_scale; delete it and featurize again."),
+        ("ids", None, "has no ids; delete it"),
+        ("features", None, "has no features; delete it"),
+    ],
+)
+def test_a_file_of_other_tensors_is_refused(
+    store: FeatureStore, name: str, change: Callable[[torch.Tensor], torch.Tensor] | None, message: str
+) -> None:
     tensors = load_file(store.features_path(0))
-    save_file(tensors | {"features": tensors["features"][..., :5].contiguous()}, store.features_path(0))
-    with pytest.raises(StoreCorruptError, match=r"does not hold features of shape \(examples, 2, 2, 6\)"):
+    value = tensors.pop(name)
+    if change:
+        tensors[name] = change(value).contiguous()
+    save_file(tensors, store.features_path(0), metadata={"sha256": tensor_digest(tensors)})
+    with pytest.raises(StoreCorruptError, match=re.escape(message)):
         store.read_part(0)
+    assert any(message in problem for problem in FeatureStore.open(store.path).verify())
 
 
 def test_nan_in_features_is_found(store: FeatureStore) -> None:
