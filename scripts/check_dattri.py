@@ -64,8 +64,9 @@ def dattri_gradients(inputs: Inputs) -> Callable[[slice], Tensor]:
     def mean_loss(parameters: dict[str, Tensor], row: tuple[Tensor, ...]) -> Tensor:
         return torch.func.functional_call(loss, parameters, row)
 
-    task = AttributionTask(mean_loss, loss, loss.state_dict())
-    gradients, parameters = task.get_grad_loss_func(in_dims=(None, 0)), task.get_param(0)[0]
+    with trainable(loss.denoiser):
+        task = AttributionTask(mean_loss, loss, loss.state_dict())
+        gradients, parameters = task.get_grad_loss_func(in_dims=(None, 0)), task.get_param(0)[0]
 
     def compute(rows: slice) -> Tensor:
         with trainable(loss.denoiser), sdpa_kernel(SDPBackend.MATH):
