@@ -18,7 +18,6 @@ Standard errors are over examples (features), replicates (control) or queries (s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cache
@@ -28,7 +27,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from benchmark import describe_machine
+from benchmark import Results
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import norm, qmc, spearmanr
@@ -188,34 +187,6 @@ def low_frequencies(shape: tuple[int, ...]) -> Tensor:
     down, right = (torch.cos(torch.pi * (torch.arange(n) + 0.5) / n) for n in (height, width))
     planes = [torch.ones(height, width), down[:, None].expand(height, width), right.expand(height, width)]
     return torch.stack([torch.nn.functional.normalize(p.expand(shape).flatten(), dim=0) for p in planes])
-
-
-class Results:
-    """Cells that are written as they come, and not computed again."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.cells: dict[str, Any] = json.loads(path.read_text())["cells"] if path.exists() else {}
-
-    def cell(self, key: str, compute: Callable[[], Any]) -> Any:
-        """Return the cell called `key`, computed and written if it is not there."""
-        if key not in self.cells:
-            self.cells[key] = compute()
-            click.echo(f"{key}: {shown(self.cells[key])}")
-            self.write()
-        return self.cells[key]
-
-    def write(self) -> None:
-        """Write everything."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        about = {"command": "python scripts/bench_variance.py", "machine": describe_machine()}
-        self.path.write_text(json.dumps(about | {"cells": self.cells}, indent=1) + "\n")
-
-
-def shown(cell: Any) -> str:
-    """Return a cell as one line of text."""
-    text = json.dumps(cell)
-    return text if len(text) < 400 else f"{text[:400]}..."
 
 
 # --- features -------------------------------------------------------------------------------------------------------
@@ -664,16 +635,18 @@ def curves(kind: str) -> list[tuple[str, str]]:
 @click.option("--part", "parts", multiple=True, type=click.Choice(list(PARTS)), help="[default: all]")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("docs/benchmarks/variance.json"))
 @click.option("--picture", type=click.Path(path_type=Path), default=Path("docs/images/variance.png"))
-def main(teachers: tuple[str, ...], parts: tuple[str, ...], output: Path, picture: Path) -> None:
+@click.option("--fresh", is_flag=True, help="Measure everything again.")
+def main(teachers: tuple[str, ...], parts: tuple[str, ...], output: Path, picture: Path, fresh: bool) -> None:
     """Measure what is missing in the results, and print the tables."""
-    results = Results(output)
+    results = Results(output, "python scripts/bench_variance.py", fresh=fresh)
     for name in teachers or ("demo", "demo-pixels"):
         bench = Bench(name)
         for part in parts or PARTS:
             if part != "scores" or name == "demo":  # generated queries come from the demo teacher
                 PARTS[part](bench, name, results)
-        Console(width=250).print(feature_table(results.cells, name), score_table(results.cells, name))
-    draw_figure(results.cells, picture)
+        cells = results.content["cells"]
+        Console(width=250).print(feature_table(cells, name), score_table(cells, name))
+    draw_figure(results.content["cells"], picture)
 
 
 if __name__ == "__main__":

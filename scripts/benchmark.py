@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,13 @@ class Results:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.content, indent=1) + "\n")
         temporary.replace(self.path)
+
+    def cell(self, key: str, compute: Callable[[], Any]) -> Any:
+        """Return the cell called `key`, computed, printed and kept if it is not there."""
+        if key not in self:
+            self.add(key, compute())
+            click.echo(f"{key}: {json.dumps(self.content['cells'][key])[:400]}")
+        return self.content["cells"][key]
 
     def of_part(self, part: str) -> dict[str, Any]:
         """Return the cells of one part, without its name in their keys."""
