@@ -11,7 +11,8 @@ differ. `shards`: 8, made one after the other and merged; `ray`: with 2 workers,
 compared are all bytes of features, records and search index with those of the local engine.
 
 Speed: seconds of `featurize` with Ray and 1 and 2 workers of one thread each, alternately, three times; starting Ray
-and loading the teacher are counted too.
+and loading the teacher are counted too. Also of as many parts as workers, which take as long, to see what is left
+when that is taken off.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from carv_attrib.seeding import stream
 COMMAND = "python scripts/check_maintenance.py"
 WORK = Path("build/maintenance")
 NUM_CHANGED, NUM_SHARDS, NUM_RUNS = 180, 8, 3
+PART_SIZE = 128  # the default
 SETTINGS: dict[str, Any] = {"num_draws": 4, "weighting": "uniform", "device": "cpu"}
 
 
@@ -113,18 +115,30 @@ def check_sameness(digits: Dataset) -> dict[str, Any]:
     }
 
 
+def seconds_with_ray(digits: Dataset, workers: int) -> float:
+    """Return the seconds of featurizing with some Ray workers of one thread each, from nothing."""
+    started = time.perf_counter()
+    ray.init(num_cpus=workers, log_to_driver=False, include_dashboard=False, logging_level="ERROR")
+    make("speed", digits, engine="ray", ray_workers=workers)
+    ray.shutdown()
+    return time.perf_counter() - started
+
+
 def speed(digits: Dataset) -> dict[str, Any]:
-    """Return the seconds of featurizing with one and two Ray workers of one thread each."""
-    seconds: dict[int, list[float]] = {1: [], 2: []}
+    """Return the seconds with one and two workers, of all digits and of one part for each worker, and the speed-ups."""
+    seconds: dict[str, list[float]] = {f"{workers}, {what}": [] for what in ("all", "start") for workers in (1, 2)}
     for _ in range(NUM_RUNS):
-        for workers, own in seconds.items():
-            started = time.perf_counter()
-            ray.init(num_cpus=workers, log_to_driver=False, include_dashboard=False, logging_level="ERROR")
-            make("speed", digits, engine="ray", ray_workers=workers)
-            ray.shutdown()
-            own.append(time.perf_counter() - started)
-    ratios = [one / two for one, two in zip(*seconds.values(), strict=True)]
-    return {"seconds": {str(workers): own for workers, own in seconds.items()}, "speed-up": quartiles(ratios)}
+        for workers in (1, 2):
+            seconds[f"{workers}, all"].append(seconds_with_ray(digits, workers))
+            seconds[f"{workers}, start"].append(seconds_with_ray(digits.select(range(PART_SIZE * workers)), workers))
+    one, two, start_one, start_two = (np.array(own) for own in seconds.values())
+    return {
+        "seconds": seconds,
+        "speed-up": quartiles(one / two),
+        "speed-up after the first part of each worker": quartiles(
+            (one - start_one) / (len(digits) - PART_SIZE) / ((two - start_two) / (len(digits) - 2 * PART_SIZE))
+        ),
+    }
 
 
 @click.command()
