@@ -20,6 +20,8 @@ import carv_attrib
 from carv_attrib.errors import ArgumentError, CarvError
 from carv_attrib.report import GroupScore, Match, QueryResult, render_html, result_table, write_html
 from carv_attrib.report.formatting import format_error, format_number, visible
+from carv_attrib.report.measures import measures_table
+from carv_attrib.variance import Measured
 
 MARKUP = """</script><script>alert(1)</script><img src=http://evil.test/x.png onerror="x"> '[bold red]hi[/]"""
 HOSTILE = f"{MARKUP} \x1b[2J\x07\u202egnp"
@@ -451,3 +453,14 @@ def test_groups_are_shown_with_shares_and_errors() -> None:
     assert "12.3 % ± 2.5 % of positive scores; sum 4.50 ± 0.50 (12 examples)" in page
     shares = [row["share"] for row in answer.to_dict()["groups"]]
     assert shares == [0.123, None]
+
+
+def test_many_figures_are_rows_so_that_none_is_cut_in_a_narrow_terminal() -> None:
+    measures = {group: {f"method {i}": Measured(i + 0.125, 0.25) for i in range(6)} for group in ("1 %", "10 %")}
+    for names, lines in ((6, "method 5|5.125 ± 0.250|5.125 ± 0.250"), (3, "10 %|0.125 ± 0.250|1.125 ± 0.250")):
+        few = {group: dict(list(row.items())[:names]) for group, row in measures.items()}
+        console = Console(width=80, record=True, file=io.StringIO())
+        console.print(measures_table(few, corner="removed", title=""))
+        rows = [line.split("│")[1:-1] for line in console.export_text().splitlines()]
+        shown = ["|".join(cell.strip() for cell in row) for row in rows]
+        assert any(line.startswith(lines) for line in shown)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import matplotlib.axes
     import rich.table
 
+_MAX_COLUMNS = 4  # of figures with errors that 80 characters have room for
+
 Measures = dict[str, dict[str, Measured]]
 """Figures by name, in groups that have the same names."""
 
@@ -45,7 +47,7 @@ def measures_table(
     title: str,
     text: Callable[[Measured], str] = three_decimals,
 ) -> rich.table.Table:
-    """Return a row for each group and a column for each name.
+    """Return a row for each group and a column for each name, or the other way round where names are many.
 
     Args:
         measures: the figures.
@@ -57,10 +59,13 @@ def measures_table(
     from rich.text import Text
 
     table = Table(title=Text(visible(title)))
-    for name in (corner, *_names(measures)):
+    rows = {group: dict(row) for group, row in measures.items()}
+    if len(_names(measures)) > max(_MAX_COLUMNS, len(measures)):
+        rows = {name: {group: row[name] for group, row in measures.items()} for name in _names(measures)}
+    for name in (corner, *_names(rows)):
         table.add_column(Text(visible(name)))
-    for group, row in measures.items():
-        table.add_row(Text(visible(group)), *map(text, row.values()))
+    for name, row in rows.items():
+        table.add_row(Text(visible(name)), *map(text, row.values()))
     return table
 
 
