@@ -78,6 +78,23 @@ def test_features_at_positions_come_in_the_order_that_was_asked_for(store: Featu
     assert torch.equal(store.read_features(positions), everything[positions])
 
 
+def test_no_positions_have_no_features(store: FeatureStore) -> None:
+    assert store.read_features([]).shape == (0, 2, 2, 6)
+
+
+def test_a_part_of_an_earlier_version_has_no_checksums_of_rows(store: FeatureStore) -> None:
+    everything = torch.cat([store.read_part(part).features for part in store.parts])
+    tensors = load_file(store.features_path(0))
+    for name in ("row_crc32", "examples_sha256"):
+        del tensors[name]
+    save_file(tensors, store.features_path(0), metadata={"sha256": tensor_digest(tensors)})
+    assert torch.equal(FeatureStore.open(store.path).read_features([5, 1]), everything[[5, 1]])
+    tensors["features"][1] = 0
+    save_file(tensors, store.features_path(0), metadata={"sha256": "0" * 64})
+    with pytest.raises(StoreCorruptError, match="its checksum does not match; delete it"):
+        FeatureStore.open(store.path).read_part(0)
+
+
 @pytest.mark.parametrize(("damage", "message"), [("delete", "cannot be read"), ("cut", "is too short")])
 def test_rows_of_a_part_that_is_lost_after_it_was_opened(store: FeatureStore, damage: str, message: str) -> None:
     store.read_features([0])
