@@ -36,7 +36,7 @@ from carv_attrib import featurize, load_teacher
 from carv_attrib.data import open_dataset
 from carv_attrib.maintenance import append, merge, remove
 from carv_attrib.pipeline import build_index
-from carv_attrib.store import FeatureStore
+from carv_attrib.store import FeatureStore, read_sealed
 
 OUTPUT = Path("docs/benchmarks/kills.json")
 SETTINGS = {"num_draws": 2, "num_bands": 2, "proj_dim": 1024, "part_size": 8, "device": "cpu"}
@@ -79,6 +79,12 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
+def has_index(folder: Path) -> bool:
+    """Return whether a folder has a search index that has not been retired."""
+    path = folder / "index.json"
+    return path.is_file() and bool(read_sealed(path)["bytes"])
+
+
 def phase(folder: Path) -> str:
     """Return what a folder looks like after a kill."""
     if not (folder / "manifest.json").is_file():
@@ -90,7 +96,7 @@ def phase(folder: Path) -> str:
         return "between parts"
     if not store.removed.isdisjoint(store.ids.tolist()):
         return "between rewritten parts"
-    return "kernel and search index" if not (folder / "index.json").is_file() else "before it began, or after its end"
+    return "before it began, or after its end" if has_index(folder) else "kernel and search index"
 
 
 def begin(operation: Operation, folder: Path) -> None:
@@ -179,7 +185,7 @@ def append_once(path: Path, rest: Path, teacher: object) -> None:
     store = FeatureStore.open(path)
     if len(store.segments) == 1 or store.missing_parts():
         append(path, rest, teacher=teacher)  # type: ignore[arg-type]
-    elif not (path / "index.json").is_file():
+    elif not has_index(path):
         index_again(path)
 
 
