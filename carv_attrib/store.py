@@ -282,7 +282,7 @@ class FeatureStore:
             lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             lock.flush()
             try:
-                for leftover in self.path.rglob(".*.tmp"):
+                for leftover in unfinished_files(self.path):
                     leftover.unlink()
                 self._finish_removal()
                 yield
@@ -657,6 +657,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
         _fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def unfinished_files(folder: Path) -> list[Path]:
+    """Return the temporary files that killed writers left below a folder: those of `atomic_file` and of safetensors."""
+    return [file for pattern in (".*.tmp", ".tmp??????") for file in folder.rglob(pattern)]
 
 
 def _fsync(path: Path) -> None:

@@ -36,7 +36,7 @@ from carv_attrib import featurize, load_teacher
 from carv_attrib.data import open_dataset
 from carv_attrib.maintenance import append, merge, remove
 from carv_attrib.pipeline import build_index
-from carv_attrib.store import FeatureStore, read_sealed
+from carv_attrib.store import FeatureStore, read_sealed, unfinished_files
 
 OUTPUT = Path("docs/benchmarks/kills.json")
 SETTINGS = {"num_draws": 2, "num_bands": 2, "proj_dim": 1024, "part_size": 8, "device": "cpu"}
@@ -89,7 +89,7 @@ def phase(folder: Path) -> str:
     """Return what a folder looks like after a kill."""
     if not (folder / "manifest.json").is_file():
         return "before the manifest"
-    if any(folder.rglob(".*.tmp")):
+    if unfinished_files(folder):
         return "while a file was written"
     store = FeatureStore.open(folder)
     if store.missing_parts():
@@ -124,7 +124,7 @@ def check(name: str, operation: Operation, kills: int, work: Path) -> dict[str, 
         code = in_child(operation.run, folder)
         runs += 1
         differed += code != 0 or digests(folder) != expected
-        left += any(folder.rglob(".*.tmp"))
+        left += bool(unfinished_files(folder))
     return {
         "kills": done,
         "resumed_runs": runs,

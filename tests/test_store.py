@@ -192,8 +192,9 @@ def test_features_are_not_written_before_their_records(store: FeatureStore, monk
     assert not store.features_path(0).exists()
 
 
-def test_leftovers_of_a_killed_writer_are_removed_by_the_next(store: FeatureStore) -> None:
-    leftover = store.path / "features" / ".part-000001.safetensors.123.tmp"
+@pytest.mark.parametrize("name", ["features/.part-000001.safetensors.123.tmp", ".tmpTpKbtK"])  # ours, of safetensors
+def test_leftovers_of_a_killed_writer_are_removed_by_the_next(store: FeatureStore, name: str) -> None:
+    leftover = store.path / name
     leftover.write_text("half")
     with store.writing():
         assert not leftover.exists()
