@@ -140,9 +140,8 @@ class _PartRows:
         self._shape = features.get_shape()[1:]
         self._dtype = {"F16": np.float16, "F32": np.float32}[features.get_dtype()]
         self._offset = _data_offset(path, "features")
-        # copies, since a tensor of safetensors keeps the file mapped; one scale for all is one for each
-        scale = file.get_tensor("features_scale").clone()
-        self._scale = (scale if scale.dim() else scale.expand(len(ids), *[1] * len(self._shape))).numpy()
+        # copies, since a tensor of safetensors keeps the file mapped
+        self._scale = _scale_of_rows(file.get_tensor("features_scale").clone(), features.get_shape()).numpy()
         has_checksums = "row_crc32" in file.keys()
         self._row_crc32 = (
             file.get_tensor("row_crc32").clone().numpy() if has_checksums else np.full(len(ids), _NO_CHECKSUM)
@@ -697,10 +696,15 @@ def _row_checksums(
 
 
 def _checksums_of_rows(tensors: Mapping[str, Tensor]) -> Int64[Tensor, " rows"]:
-    """Return the checksums of the rows of a part, where one scale for all is one for each."""
-    ids, values, scale = (tensors[name] for name in ("ids", "features", "features_scale"))
-    scale = scale if scale.dim() else scale.expand(len(ids))
+    """Return the checksums of the rows of a part."""
+    ids, values = tensors["ids"], tensors["features"]
+    scale = _scale_of_rows(tensors["features_scale"], values.shape)
     return torch.from_numpy(_row_checksums(ids.numpy(), values.numpy(), scale.numpy()))
+
+
+def _scale_of_rows(scale: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the scales of features of some shape; one for all is one for each row."""
+    return scale if scale.dim() else scale.expand(shape[0], *[1] * (len(shape) - 1))
 
 
 def _damaged_rows(tensors: Mapping[str, Tensor]) -> str:

@@ -147,6 +147,11 @@ def by_damping(
     }
 
 
+def best(found: dict[str, float]) -> str:
+    """Return the damping with the largest LDS."""
+    return max(found, key=lambda damping: found[damping])
+
+
 def final_scores(scores: dict[str, dict[str, np.ndarray]], truth: GroundTruth) -> dict[str, np.ndarray]:
     """Return the scores of each method at its automatic damping; without one, at the best of the even subsets."""
     final = {name: own["auto" if "auto" in own else next(iter(own))].copy() for name, own in scores.items()}
@@ -154,8 +159,8 @@ def final_scores(scores: dict[str, dict[str, np.ndarray]], truth: GroundTruth) -
         queries = np.flatnonzero(truth.query_kinds == kind)
         for name, own in scores.items():
             if "auto" not in own:
-                found = by_damping(own, truth, queries, np.arange(len(truth.masks))[::2])
-                final[name][queries] = own[max(found, key=lambda damping: found[damping])][queries]
+                damping = best(by_damping(own, truth, queries, np.arange(len(truth.masks))[::2]))
+                final[name][queries] = own[damping][queries]
     return final
 
 
@@ -168,8 +173,8 @@ def evaluate(scores: dict[str, dict[str, np.ndarray]], truth: GroundTruth) -> di
         queries = np.flatnonzero(truth.query_kinds == kind)
         losses = truth.losses[odd][:, :, queries].mean(3)
         chosen_on = {name: by_damping(own, truth, queries, even) for name, own in scores.items()}
-        best = {name: max(found, key=lambda damping: found[damping]) for name, found in chosen_on.items()}
-        own_choice = {name: own[best[name]] for name, own in scores.items()}
+        chosen = {name: best(found) for name, found in chosen_on.items()}
+        own_choice = {name: own[chosen[name]] for name, own in scores.items()}
         own_choice |= {f"{name}: auto": own["auto"] for name, own in scores.items() if "auto" in own}
         predicted = {name: predicted_losses(own[queries], truth.masks[odd]) for name, own in own_choice.items()}
         resampled = resampled_lds(predicted, losses.mean(1))
@@ -178,7 +183,7 @@ def evaluate(scores: dict[str, dict[str, np.ndarray]], truth: GroundTruth) -> di
             name: {
                 "lds": astuple(measured(resampled[name])),
                 "less_default": None if default is None else astuple(measured(resampled[name] - default)),
-                "damping": best[name],
+                "damping": chosen[name],
                 "by_damping_even": chosen_on[name],
             }
             | automatic(name, scores[name], resampled, by_damping(scores[name], truth, queries, odd))

@@ -59,7 +59,7 @@ def measures_table(
     from rich.text import Text
 
     table = Table(title=Text(visible(title)))
-    rows = {group: dict(row) for group, row in measures.items()}
+    rows = measures
     if len(_names(measures)) > max(_MAX_COLUMNS, len(measures)):
         rows = {name: {group: row[name] for group, row in measures.items()} for name in _names(measures)}
     for name in (corner, *_names(rows)):
