@@ -15,7 +15,7 @@ from torch import Tensor
 from carv_attrib.seeding import stream
 
 CONFIDENCE = 0.9
-"""Of the intervals that are reported; their coverage is measured (`docs/error-bars.md`)."""
+"""Of the intervals that are reported; their coverage is measured (`docs/benchmarks.md`)."""
 NUM_RESAMPLES = 1000
 _CHUNK = 50  # resamples at a time
 

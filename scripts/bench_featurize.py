@@ -10,11 +10,11 @@ hold while the machine's speed drifts; medians and quartiles over repetitions. A
 - training step: forward and backward with gradients of all weights, no optimizer.
 - floor: forward, and backward with respect to activations. The graph starts where it does for ours, at the outputs of
   the first Linear and Conv2d layers; no other hooks.
-- ours Kronecker: `Estimator.features` at the default projection, and with `proj_dim` 2048.
+- ours Kronecker: `Estimator.features` at the default projection.
 - vmap: `torch.func.vmap(grad)` with respect to the weights of the attributed layers alone; attention is written out
   (SDPBackend.MATH) on CPU, where the fused kernel has no batching rule and runs row by row.
 - LoGra: dattri's `HookManager` and compressors, which is what its `LoGraAttributor.cache` runs for each batch, at our
-  rank (8 on each side) and at its default (64), around one ordinary backward of the diffusion loss; nothing is
+  rank (16 on each side) and at its default (64), around one ordinary backward of the diffusion loss; nothing is
   offloaded, stored or inverted. It knows only Linear layers that are called once in a forward pass: all others are
   frozen and left out, and cost it nothing. `share` is that of the attributed weights which it covers. Its compressors
   run without `torch.compile`, which recompiles for every layer and was no faster.
@@ -72,6 +72,7 @@ from carv_attrib.teachers._diffusers import DiffusersTeacher, freeze, schedule_o
 
 COMMAND = "python scripts/bench_featurize.py"
 PEER_DIM = 2048
+LOGRA_RANKS = (16, 64)
 PEER_DRAWS = 4
 """Peers are measured at as many draws, and at one thread."""
 BASELINE = "training step"
@@ -556,7 +557,7 @@ def vmap_method(setting: Setting) -> Method:
 def logra_methods(setting: Setting) -> list[Method]:
     """Return LoGra at two ranks; none where dattri is not installed, or cannot project here."""
     try:
-        peers = [LoGra(setting.teacher, setting.calls[0], rank) for rank in (8, 64)]
+        peers = [LoGra(setting.teacher, setting.calls[0], rank) for rank in LOGRA_RANKS]
     except (ImportError, ValueError, RuntimeError) as err:
         print(f"LoGra skipped: {' '.join(str(err).split())[:90]}; it needs pip install -e '.[bench]'")
         return []
@@ -568,17 +569,13 @@ def logra_methods(setting: Setting) -> list[Method]:
             lambda peer=peer: peer.run(setting.calls[:1]) and None,
             {"dims": peer.dims, "share": peer.share},
         )
-        for rank, peer in zip((8, 64), peers, strict=True)
+        for rank, peer in zip(LOGRA_RANKS, peers, strict=True)
     ]
 
 
 def ratio_methods(setting: Setting, *, peers: bool) -> list[Method]:
     """Return the methods of the first table."""
-    methods = [
-        *plain_methods(setting),
-        our_method("ours Kronecker", setting),
-        our_method(f"ours Kronecker {PEER_DIM}", setting, proj_dim=PEER_DIM),
-    ]
+    methods = [*plain_methods(setting), our_method("ours Kronecker", setting)]
     return [*methods, vmap_method(setting), *logra_methods(setting)] if peers else methods
 
 
@@ -591,7 +588,6 @@ def projection_methods(setting: Setting, max_entries: float, max_dense_entries: 
     methods = [
         plain_methods(setting)[0],
         our_method("ours Kronecker", setting),
-        our_method(f"ours Kronecker {PEER_DIM}", setting, proj_dim=PEER_DIM),
         vmap_method(setting),
         Method(
             "BasicProjector alone",
@@ -902,9 +898,9 @@ def is_due(options: Options, results: Results, group: tuple[str, str, int, int])
     prefix = f"{part}/{name}/{threads} threads/{num_draws} draws"
     if part == "projection":
         return options.only in f"{prefix}/vmap + BasicProjector" and f"{prefix}/speedups" not in results
-    names = [BASELINE, "floor", "ours Kronecker", f"ours Kronecker {PEER_DIM}"]
+    names = [BASELINE, "floor", "ours Kronecker"]
     if (threads, num_draws) == (1, PEER_DRAWS):
-        names += ["vmap", *(["LoGra, rank 8", "LoGra, rank 64"] if has_dattri() else [])]
+        names += ["vmap", *(f"LoGra, rank {rank}" for rank in LOGRA_RANKS if has_dattri())]
     return any(wanted(options, results, f"{prefix}/{method}") for method in names)
 
 

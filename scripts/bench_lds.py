@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,7 @@ def methods() -> dict[str, Method]:
     found: dict[str, Method] = {f"ours, {k} draws": Ours({"num_draws": k}) for k in (1, 2, 4, 8, 16, 64)}
     for bands in (1, 2, 8, 16):
         found[f"ours, 16 draws, {bands} bands"] = Ours({"num_draws": 16, "num_bands": bands})
+    found["ours, 16 draws, 16 bands, 4096 dims"] = Ours({"num_draws": 16, "num_bands": 16, "proj_dim": 4096})
     for k in (4, 16):
         found[f"ours, {k} draws, kernel means"] = Ours({"num_draws": k}, "means")
         found[f"ours, {k} draws, cosine"] = Ours({"num_draws": k}, score="preconditioned-cosine")
@@ -94,6 +95,7 @@ def methods() -> dict[str, Method]:
     found["ours, 4 draws, unprojected"] = WithoutProjection(4)
     found |= {f"TRAK, {k} draws": trak_recipe(k) for k in (4, 16, 64)}
     found |= {f"D-TRAK, {k} draws": dtrak_recipe(k) for k in (10, 100)}
+    found["D-TRAK, 100 draws, 4096 dims"] = replace(dtrak_recipe(100), proj_dim=4096)
     return dict(sorted(found.items(), key=lambda pair: pair[1].num_draws))
 
 
@@ -208,6 +210,19 @@ def automatic(
     }
 
 
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Return the old results with new rows.
+
+    Raises:
+        click.ClickException: if they are of another ground truth.
+    """
+    if any(old[name] != new[name] for name in ("subsets", "seeds")):
+        raise click.ClickException("lds.json is of fewer retrained models; run all methods again, without --method.")
+    for kind, found in old["queries"].items():
+        found["rows"] |= new["queries"][kind]["rows"]
+    return old
+
+
 def print_table(result: dict[str, Any]) -> None:
     """Print the LDS of every method for each kind of query."""
     table = Table(
@@ -235,7 +250,7 @@ def print_table(result: dict[str, Any]) -> None:
 
 @click.command()
 @click.option("--task", type=click.Choice(list(TASKS)), required=True)
-@click.option("--method", "names", multiple=True, help="Only those of these names; lds.json is left alone.")
+@click.option("--method", "names", multiple=True, help="Only those of these names; other rows of lds.json stay.")
 @click.option("--most-draws", default=100, show_default=True, help="Leave out methods with more.")
 @click.option(
     "--scores", "path", type=click.Path(path_type=Path), help="Where to keep scores for make_counterfactuals."
@@ -247,7 +262,7 @@ def main(task: str, names: tuple[str, ...], most_draws: int, path: Path | None) 
     inputs = Inputs(task, load_teacher(folder / "teacher", device="cpu"), truth)
     scores = {name: {"": own} for name, own in baselines(task, truth).items() if not names or name in names}
     for name, method in methods().items():
-        if name in names if names else method.num_draws <= most_draws:
+        if name in (*names, DEFAULT) if names else method.num_draws <= most_draws:
             print(time.strftime("%H:%M:%S"), name, flush=True)
             scores[name] = method.scores(inputs)
     result = {
@@ -257,9 +272,10 @@ def main(task: str, names: tuple[str, ...], most_draws: int, path: Path | None) 
         "seeds": truth.losses.shape[1],
         "queries": evaluate(scores, truth),
     }
-    if not names:
-        with atomic_file(folder / "lds.json") as temporary:
-            temporary.write_text(json.dumps(result, indent=1) + "\n")
+    if names:
+        result = merged(json.loads((folder / "lds.json").read_text()), result)
+    with atomic_file(folder / "lds.json") as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
     if path:
         np.savez(path, **final_scores({name: scores[name] for name in names or scores}, truth))
     print_table(result["queries"])

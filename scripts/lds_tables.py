@@ -16,9 +16,11 @@ from make_lds_ground_truth import FOLDER, TASKS
 MAIN = [
     *(f"ours, {k} draws" for k in (1, 2, 4, 8, 16)),
     "ours, 16 draws, 8 bands",
+    "ours, 16 draws, 16 bands, 4096 dims",
     "ours, 64 draws",
     *(f"TRAK, {k} draws" for k in (4, 16, 64)),
     *(f"D-TRAK, {k} draws" for k in (10, 100)),
+    "D-TRAK, 100 draws, 4096 dims",
     "latent cosine",
     "pixel cosine",
     "random",

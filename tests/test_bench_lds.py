@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import lds_peers
 import lds_unprojected
 import numpy as np
 import pytest
 import torch
-from bench_lds import final_scores, methods
+from bench_lds import final_scores, merged, methods
 from lds_inputs import kept, take
 from torch import Tensor
 
@@ -196,3 +197,11 @@ def test_the_scores_for_counterfactuals_are_at_the_automatic_damping_or_at_the_b
     found = final_scores({"peer": {"0.1": good, "1.0": -good}, "ours": {"0.1": good, "auto": 2 * good}}, truth)
     np.testing.assert_array_equal(found["peer"], good)
     np.testing.assert_array_equal(found["ours"], 2 * good)
+
+
+def test_some_methods_change_their_own_rows_only_and_only_of_the_same_models() -> None:
+    old = {"subsets": 4, "seeds": 2, "queries": {"held-out": {"rows": {"a": 1, "b": 2}, "ceiling": 0.7}}}
+    new = {"subsets": 4, "seeds": 2, "queries": {"held-out": {"rows": {"b": 3, "c": 4}, "ceiling": 0.7}}}
+    assert merged(old, new)["queries"]["held-out"] == {"rows": {"a": 1, "b": 3, "c": 4}, "ceiling": 0.7}
+    with pytest.raises(click.ClickException, match="run all methods again"):
+        merged(old, new | {"subsets": 6})
