@@ -21,11 +21,12 @@ from carv_attrib.estimator import Estimator
 from carv_attrib.groups import read_groups
 from carv_attrib.index import NUM_CANDIDATES
 from carv_attrib.kernel import Damping, KernelKind, ScoreKind
+from carv_attrib.records import label_name
 from carv_attrib.refinement import DatasetLike, Refinement
 from carv_attrib.report import Match, QueryResult
 from carv_attrib.scorer import Choice, Scorer
 from carv_attrib.scores import BandScores, join, mean
-from carv_attrib.store import FeatureStore, label_name
+from carv_attrib.store import FeatureStore
 from carv_attrib.teacher import Teacher
 
 ImageLike = str | Path | Image.Image

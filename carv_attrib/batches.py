@@ -12,7 +12,7 @@ from torch import Tensor
 from carv_attrib.data import Example, ExampleDataset, JoinedExamples, thumbnail, to_pixels
 from carv_attrib.errors import BadImageError, DataError
 from carv_attrib.estimator import Encoded, Estimator
-from carv_attrib.store import Record
+from carv_attrib.records import Record
 from carv_attrib.teacher import Teacher
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from carv_attrib.errors import ArgumentError, StoreCorruptError, StoreError, StoreMismatchError
+from carv_attrib.files import atomic_file
 from carv_attrib.pipeline import featurize
-from carv_attrib.store import ENSEMBLE_FILE, FeatureStore, atomic_file
+from carv_attrib.store import ENSEMBLE_FILE, FeatureStore
 from carv_attrib.teacher import Teacher
 
 if TYPE_CHECKING:

@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Int64
 
 from carv_attrib.data import ExampleDataset, JoinedExamples
+from carv_attrib.records import Record, label_name
 from carv_attrib.report import GroupScore
 from carv_attrib.scores import BandScores
-from carv_attrib.store import FeatureStore, Record, label_name
+from carv_attrib.store import FeatureStore
 
 OF_RECORDS = ("label", "caption", "folder")
 """Groups that an index knows by itself; others are columns of the data set."""

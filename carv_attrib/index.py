@@ -22,9 +22,10 @@ from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
 from carv_attrib.errors import ArgumentError, StoreCorruptError, StoreError
+from carv_attrib.files import atomic_file, file_digest, read_sealed, write_sealed
 from carv_attrib.kernel import Damping, Kernel, KernelKind, ScoreKind
 from carv_attrib.seeding import choose_positions, stream_key
-from carv_attrib.store import FeatureStore, atomic_file, file_digest, read_sealed, write_sealed
+from carv_attrib.store import FeatureStore
 
 KERNEL_FILE = "kernel.safetensors"
 NUM_CANDIDATES = 200

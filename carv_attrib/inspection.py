@@ -12,7 +12,8 @@ from carv_attrib.ensemble import member_folders
 from carv_attrib.errors import CarvError
 from carv_attrib.index import read_index_settings
 from carv_attrib.kernel import load_kernel
-from carv_attrib.store import FeatureStore, label_name
+from carv_attrib.records import label_name
+from carv_attrib.store import FeatureStore
 
 
 @dataclass(frozen=True)

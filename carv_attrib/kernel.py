@@ -18,7 +18,8 @@ from torch import Tensor
 
 from carv_attrib.config import FeaturizeConfig, check_choice
 from carv_attrib.errors import ArgumentError, StoreCorruptError, StoreError
-from carv_attrib.store import FeatureStore, atomic_file
+from carv_attrib.files import atomic_file
+from carv_attrib.store import FeatureStore
 
 KernelKind = Literal["bands", "means"]
 ScoreKind = Literal["preconditioned", "dot", "cosine", "preconditioned-cosine"]

@@ -16,11 +16,12 @@ from carv_attrib.config import DataConfig, ExecutionConfig, FeaturizeConfig, che
 from carv_attrib.data import open_dataset
 from carv_attrib.ensemble import member_folders
 from carv_attrib.errors import ArgumentError, DataError, StoreError, StoreMismatchError
+from carv_attrib.files import atomic_file
 from carv_attrib.index import read_index_choice
 from carv_attrib.manifest import describe_dataset, restore_estimator
 from carv_attrib.memory import less_memory
 from carv_attrib.pipeline import build_index, write_parts
-from carv_attrib.store import FeatureStore, atomic_file
+from carv_attrib.store import FeatureStore
 from carv_attrib.teacher import Teacher
 from carv_attrib.teachers import load_teacher
 

@@ -26,10 +26,12 @@ from carv_attrib.kernel import Damping, KernelKind, ScoreKind, fit_kernel
 from carv_attrib.latents import EncodedBatch, LatentCache, encoded_parts
 from carv_attrib.manifest import open_or_create, restore_estimator
 from carv_attrib.memory import less_memory
+from carv_attrib.parts import PartFeatures, concatenate
 from carv_attrib.planning import PlanKind, check_plan, follow_plan, starting_config
 from carv_attrib.progress import progress
 from carv_attrib.recall import check_target, choose_search
-from carv_attrib.store import FeatureStore, PartFeatures, Record, Segment, concatenate
+from carv_attrib.records import Record
+from carv_attrib.store import FeatureStore, Segment
 from carv_attrib.teacher import Teacher, loaded_placement
 from carv_attrib.teachers import load_teacher
 from carv_attrib.threads import in_background

@@ -8,62 +8,32 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import re
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from jaxtyping import Float, Int64
+from safetensors import SafetensorError
 from torch import Tensor
 
 from carv_attrib.errors import StoreCorruptError, StoreError, StoreMismatchError
+from carv_attrib.files import file_digest, read_sealed, unfinished_files, write_sealed
+from carv_attrib.parts import PartFeatures, PartRows, features_checksum, open_features, read_tensors, write_tensors
+from carv_attrib.records import Record, read_records, write_records
 
 FORMAT_VERSION = 4
 _MAX_OPENED = 1000  # parts whose scales and checksums are kept
-_LATER_TENSORS = ("row_crc32", "examples_sha256")  # which parts of earlier versions do not have
-_NO_CHECKSUM = -1  # of the rows of parts of earlier versions
 _PART_NAME = re.compile(r"part-\d{6,}")
 ENSEMBLE_FILE = "ensemble.json"
 """Lists the folders of the stores of several teachers; it lies beside them."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """What is kept of an example beside its features.
-
-    Attributes:
-        id: stable number of the example.
-        key: readable name: a file name or row.
-        label: class label.
-        caption: text.
-        thumbnail: PNG or JPEG of what the teacher saw; empty if the example was skipped.
-        error: why the example was skipped, or None; a skipped example has no features.
-    """
-
-    id: int
-    key: str
-    label: int | None
-    caption: str | None
-    thumbnail: bytes
-    error: str | None = None
-
-
-def label_name(label: int | None, names: Sequence[str] | None) -> str | None:
-    """Return the class name of a label where there is one, else its number."""
-    if label is None:
-        return None
-    return names[label] if names is not None and 0 <= label < len(names) else str(label)
 
 
 @dataclass(frozen=True)
@@ -92,19 +62,6 @@ class Segment:
         return range(first, min(first + self.part_size, int(self.dataset["num_examples"])))
 
 
-@dataclass(frozen=True)
-class PartFeatures:
-    """Features of the examples of one part, in row order.
-
-    Attributes:
-        ids: example ids.
-        features: means over the draws of each half of each band.
-    """
-
-    ids: Int64[Tensor, " examples"]
-    features: Float[Tensor, "examples bands replicates proj_dim"]
-
-
 def _check_numbers(manifest: Mapping[str, Any]) -> None:
     """Check the numbers of a manifest that say how large things are.
 
@@ -121,60 +78,13 @@ def _check_numbers(manifest: Mapping[str, Any]) -> None:
                 raise ValueError(f"{name} is {size!r}")
 
 
-def concatenate(pieces: Sequence[PartFeatures]) -> PartFeatures | None:
-    """Return the features of several batches as one; None where there are none, every example being skipped."""
-    if not pieces:
-        return None
-    return PartFeatures(*(torch.cat([getattr(piece, name) for piece in pieces]) for name in ("ids", "features")))
-
-
-class _PartRows:
-    """Reads rows of a part.
-
-    Features are read, not mapped: a row of a mapped file brings 64 kB and more of it into memory, and keeps it there.
-    """
-
-    def __init__(self, path: Path, file: Any, ids: Int64[np.ndarray, " examples"]) -> None:
-        features = file.get_slice("features")
-        self._path, self._ids = path, ids
-        self._shape = features.get_shape()[1:]
-        self._dtype = {"F16": np.float16, "F32": np.float32}[features.get_dtype()]
-        self._offset = _data_offset(path, "features")
-        # copies, since a tensor of safetensors keeps the file mapped
-        self._scale = _scale_of_rows(file.get_tensor("features_scale").clone(), features.get_shape()).numpy()
-        has_checksums = "row_crc32" in file.keys()
-        self._row_crc32 = (
-            file.get_tensor("row_crc32").clone().numpy() if has_checksums else np.full(len(ids), _NO_CHECKSUM)
-        )
-
-    def read(self, rows: Int64[np.ndarray, " rows"]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Return ids, features over their scales, scales and checksums of rows.
-
-        Raises:
-            StoreCorruptError: if the file is gone or too short.
-        """
-        values = np.empty((len(rows), *self._shape), self._dtype)
-        size = values[:1].nbytes
-        try:
-            with self._path.open("rb", buffering=0) as file:
-                lengths = [
-                    os.preadv(file.fileno(), [own], self._offset + row * size)
-                    for row, own in zip(rows.tolist(), values, strict=True)
-                ]
-        except OSError as err:
-            raise StoreCorruptError(f"{self._path} cannot be read: {err}; if it is gone, featurize again.") from err
-        if min(lengths) < size:
-            raise StoreCorruptError(f"{self._path} is damaged: it is too short; delete it, featurize again.")
-        return self._ids[rows], values, self._scale[rows], self._row_crc32[rows]
-
-
 class FeatureStore:
     """A folder of features, open for reading and for adding the parts that are missing."""
 
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
-        self._opened: dict[int, _PartRows] = {}
+        self._opened: dict[int, PartRows] = {}
 
     @staticmethod
     def open(path: str | Path) -> FeatureStore:
@@ -366,11 +276,9 @@ class FeatureStore:
         Raises:
             StoreError: if the disk is full or the folder cannot be written; nothing that was done is lost.
         """
-        float16 = self.manifest["config"]["feature_dtype"] == "float16"
         records = [record for record in records if record.id not in self.removed]
         features = features if features is not None else self._empty_part()
-        values, scale = _to_float16(features.features) if float16 else (features.features, torch.ones(()))
-        tensors = {"ids": features.ids, "features": values, "features_scale": scale}
+        tensors = features.packed(float16=self.manifest["config"]["feature_dtype"] == "float16")
         self._write_files(part, self._without_removed(tensors), records)
 
     def _without_removed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -381,14 +289,10 @@ class FeatureStore:
         return {name: values[keep] if values.dim() else values for name, values in tensors.items()}
 
     def _write_files(self, part: int, tensors: Mapping[str, Tensor], records: Sequence[Record]) -> None:
-        tensors = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}  # unshared
-        tensors["row_crc32"] = _checksums_of_rows(tensors)
         self._opened.pop(part, None)
         try:
             write_records(self.examples_path(part), records)
-            tensors["examples_sha256"] = _as_bytes(file_digest(self.examples_path(part)))
-            with atomic_file(self.features_path(part)) as temporary:
-                save_file(tensors, temporary, metadata={"sha256": tensor_digest(tensors)})
+            write_tensors(self.features_path(part), tensors, file_digest(self.examples_path(part)))
         except (OSError, SafetensorError) as err:
             raise StoreError(
                 f"part {part} cannot be written to {self.path}: {err}; mend that, and start again."
@@ -416,7 +320,8 @@ class FeatureStore:
             with self._open_part(part) as file:
                 stale = not self.removed.isdisjoint(file.get_tensor("ids").tolist())
             if stale or len(kept) < len(records):
-                self._write_files(part, self._without_removed(self._read_tensors(part)), kept)
+                tensors = read_tensors(self.features_path(part), self.feature_shape)
+                self._write_files(part, self._without_removed(tensors), kept)
         for cached in ("parts", "_part_ids"):  # the writer adds parts to these
             self.__dict__.pop(cached, None)
 
@@ -426,19 +331,8 @@ class FeatureStore:
         Raises:
             StoreCorruptError: if the file is damaged or is not of this store's shape.
         """
-        tensors = self._read_tensors(part)
+        tensors = read_tensors(self.features_path(part), self.feature_shape)
         return PartFeatures(tensors["ids"], tensors["features"].float() * tensors["features_scale"])
-
-    def _read_tensors(self, part: int) -> dict[str, Tensor]:
-        """Return what the features file of a part holds, after a check of its checksum."""
-        with self._open_part(part) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            if tensor_digest(tensors) != _checksum(file):
-                raise StoreCorruptError(
-                    f"{self.features_path(part)} is damaged: its checksum does not match{_damaged_rows(tensors)}; "
-                    "delete it, featurize again."
-                )
-        return {name: tensors[name] for name in ("ids", "features", "features_scale")}
 
     @cached_property
     def parts(self) -> list[int]:
@@ -463,7 +357,7 @@ class FeatureStore:
         digest = hashlib.sha256()
         for part in self.parts:
             with self._open_part(part) as file:
-                digest.update(f"{part}:{_checksum(file)}\n".encode())
+                digest.update(f"{part}:{features_checksum(file)}\n".encode())
         return digest.hexdigest()
 
     def read_features(self, positions: Sequence[int]) -> Float[Tensor, "examples bands replicates proj_dim"]:
@@ -475,31 +369,20 @@ class FeatureStore:
         wanted = np.asarray(positions, np.int64)
         bounds = np.cumsum([0, *map(len, self._part_ids)])
         owners = np.searchsorted(bounds, wanted, side="right") - 1
-        pieces = [
-            self._part_rows(owner).read(wanted[owners == owner] - bounds[owner]) for owner in np.unique(owners).tolist()
-        ]
-        if not pieces:
-            return torch.empty(0, *self.feature_shape)
-        ids, values, scale, expected = map(np.concatenate, zip(*pieces, strict=True))
-        order = np.argsort(owners, kind="stable")
-        damaged = (expected != _NO_CHECKSUM) & (expected != _row_checksums(ids, values, scale))
-        if damaged.any():
-            path = self.features_path(self.parts[owners[order][damaged.argmax()]])
-            raise StoreCorruptError(
-                f"{path} is damaged: the checksum of an example does not match; delete it, featurize again."
-            )
-        found = torch.empty(values.shape)
-        found[order] = torch.from_numpy(values).float().mul_(torch.from_numpy(scale))
+        found = torch.empty(len(wanted), *self.feature_shape)
+        for owner in np.unique(owners).tolist():
+            own = owners == owner
+            found[own] = torch.from_numpy(self._part_rows(owner).read(wanted[own] - bounds[owner]))
         return found
 
-    def _part_rows(self, place: int) -> _PartRows:
+    def _part_rows(self, place: int) -> PartRows:
         """Return what reads rows of the part at a place of `parts`; it is kept for the next query."""
         part = self.parts[place]
         if part not in self._opened:
             if len(self._opened) >= _MAX_OPENED:
                 self._opened.clear()
             with self._open_part(part) as file:
-                self._opened[part] = _PartRows(self.features_path(part), file, self._part_ids[place])
+                self._opened[part] = PartRows(self.features_path(part), file, self._part_ids[place])
         return self._opened[part]
 
     def read_records(self, part: int) -> list[Record]:
@@ -561,7 +444,7 @@ class FeatureStore:
         with self._open_part(part) as file:  # parts of earlier versions have none
             expected = file.get_tensor("examples_sha256") if "examples_sha256" in file.keys() else None
         path = self.examples_path(part)
-        if expected is not None and not torch.equal(expected, _as_bytes(file_digest(path))):
+        if expected is not None and bytes(expected.tolist()).hex() != file_digest(path):
             raise StoreCorruptError(f"{path} is damaged: its checksum does not match; delete it, featurize again.")
 
     def _empty_part(self) -> PartFeatures:
@@ -572,201 +455,8 @@ class FeatureStore:
         """Bands, replicates and dimensions of the features of one example."""
         return [self.manifest["config"]["num_bands"], self.manifest["num_replicates"], self.manifest["proj_dim"]]
 
-    @contextmanager
-    def _open_part(self, part: int) -> Iterator[Any]:
-        """Open a features file (memory-mapped) after a check of its tensors against the manifest."""
-        path = self.features_path(part)
-        try:
-            with safe_open(path, framework="pt") as file:
-                _check_tensors(path, file, self.feature_shape)
-                yield file
-        except (OSError, SafetensorError) as err:
-            raise StoreCorruptError(f"{path} is damaged: {err}; delete it and featurize again.") from err
-
-
-def _check_tensors(path: Path, file: Any, feature_shape: Sequence[int]) -> None:
-    """Refuse a features file whose tensors are not those of docs/store-format.md.
-
-    Raises:
-        StoreCorruptError: for one that is missing, or of another dtype or shape.
-    """
-    slices = {name: file.get_slice(name) for name in file.keys()}
-    found = {name: (own.get_dtype(), own.get_shape()) for name, own in slices.items()}
-    examples = found.get("ids", ("", [0]))[1]
-    features, scales = [*examples, *feature_shape], [*examples, *feature_shape[:-1], 1]
-    allowed = {
-        "ids": [("I64", examples[:1])],
-        "features": [("F16", features), ("F32", features)],
-        "features_scale": [("F32", scales), ("F32", [])],
-        "row_crc32": [("I64", examples)],
-        "examples_sha256": [("U8", [32])],
-    }
-    for name, kinds in allowed.items():
-        if name not in found and name not in _LATER_TENSORS:
-            raise StoreCorruptError(f"{path} has no {name}; delete it and featurize again.")
-        if name in found and found[name] not in kinds:
-            wanted = " or ".join(f"{dtype} {shape}" for dtype, shape in kinds)
-            raise StoreCorruptError(
-                f"{path} must have {name} of {wanted} by the manifest, has {found[name][0]} {found[name][1]}; "
-                "delete it and featurize again."
-            )
-
-
-def _data_offset(path: Path, name: str) -> int:
-    """Return how many bytes of a safetensors file, which can be opened, lie before a tensor."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return 8 + length + int(json.loads(file.read(length))[name]["data_offsets"][0])
-
-
-def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object with a checksum, whole or not at all."""
-    with atomic_file(path) as temporary:
-        sealed = {**content, "checksum": _seal(content)}
-        temporary.write_text(json.dumps(sealed, indent=1, sort_keys=True) + "\n")
-
-
-def read_sealed(path: Path) -> dict[str, Any]:
-    """Return the JSON object that `write_sealed` wrote, or one of an earlier version, which has no checksum.
-
-    Raises:
-        ValueError: if it is no JSON, or the checksum does not match.
-        TypeError: if it is no object.
-    """
-    content = dict(json.loads(path.read_text()))
-    checksum = content.pop("checksum", None)
-    if checksum not in (None, _seal(content)):
-        raise ValueError("its checksum does not match: it was edited, or is damaged")
-    return content
-
-
-def _seal(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name to write to; it gets the real name, on disk for certain, if all went well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.chmod(path.parent.stat().st_mode & 0o666)  # as readable as the folder, whoever wrote the file
-        _fsync(temporary)
-        temporary.replace(path)
-        _fsync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def unfinished_files(folder: Path) -> list[Path]:
-    """Return the temporary files that killed writers left below a folder: those of `atomic_file` and of safetensors."""
-    return [file for pattern in (".*.tmp", ".tmp??????") for file in folder.rglob(pattern)]
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _to_float16(values: Float[Tensor, "*shape dim"]) -> tuple[Tensor, Float[Tensor, "*shape one"]]:
-    """Return values over the largest magnitude of each vector, in float16, and that magnitude in float32."""
-    scale = values.abs().amax(-1, keepdim=True)
-    scale = torch.where(scale > 0, scale, 1.0)
-    return (values / scale).half(), scale.float()
-
-
-def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the hex SHA-256 of the names and bytes of tensors, in the order of their names."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].flatten().view(torch.uint8).numpy().tobytes())  # numpy has no bfloat16
-    return digest.hexdigest()
-
-
-def _row_checksums(
-    ids: Int64[np.ndarray, " rows"], values: Float[np.ndarray, "rows *shape"], scale: Float[np.ndarray, "rows *scales"]
-) -> Int64[np.ndarray, " rows"]:
-    """Return the CRC-32 of the bytes of each id, of its values, and of their scales."""
-    rows = zip(ids, values, scale, strict=True)
-    return np.fromiter((crc32(factor, crc32(row, crc32(i))) for i, row, factor in rows), np.int64, len(ids))
-
-
-def _checksums_of_rows(tensors: Mapping[str, Tensor]) -> Int64[Tensor, " rows"]:
-    """Return the checksums of the rows of a part."""
-    ids, values = tensors["ids"], tensors["features"]
-    scale = _scale_of_rows(tensors["features_scale"], values.shape)
-    return torch.from_numpy(_row_checksums(ids.numpy(), values.numpy(), scale.numpy()))
-
-
-def _scale_of_rows(scale: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return the scales of features of some shape; one for all is one for each row."""
-    return scale if scale.dim() else scale.expand(shape[0], *[1] * (len(shape) - 1))
-
-
-def _damaged_rows(tensors: Mapping[str, Tensor]) -> str:
-    """Return which rows of a part do not have their checksums, as words; none, where they have no checksums."""
-    if "row_crc32" not in tensors:
-        return ""
-    damaged = (_checksums_of_rows(tensors) != tensors["row_crc32"]).nonzero().flatten().tolist()
-    return f", in rows {damaged[0]} to {damaged[-1]}" if damaged else ""
-
-
-def file_digest(path: Path) -> str:
-    """Return the hex SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _as_bytes(digest: str) -> UInt8[Tensor, " bytes"]:
-    """Return a hex digest as bytes."""
-    return torch.frombuffer(bytearray.fromhex(digest), dtype=torch.uint8)
-
-
-def _checksum(file: Any) -> str | None:
-    """Return the checksum that an open features file has in its header."""
-    return (file.metadata() or {}).get("sha256")
-
-
-def write_records(path: Path, records: Sequence[Record]) -> None:
-    """Write a file of records, whole or not at all."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    schema = pa.schema(
-        [
-            pa.field("id", pa.int64()),
-            pa.field("key", pa.string()),
-            pa.field("label", pa.int64()),
-            pa.field("caption", pa.string()),
-            pa.field("thumbnail", pa.binary()),
-            pa.field("error", pa.string()),
-        ]
-    )
-    table = pa.Table.from_pylist([vars(record) for record in records], schema=schema)
-    with atomic_file(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
-
-
-def read_records(path: Path) -> list[Record]:
-    """Return the records of a file.
-
-    Raises:
-        StoreCorruptError: if the file is damaged.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        rows = pq.read_table(path, page_checksum_verification=True).to_pylist()
-        return [Record(**row) for row in rows]
-    except (OSError, pa.ArrowException, TypeError) as err:
-        raise StoreCorruptError(
-            f"{path} is damaged: {' '.join(str(err).split())}; delete it and featurize again."
-        ) from err
+    def _open_part(self, part: int) -> AbstractContextManager[Any]:
+        return open_features(self.features_path(part), self.feature_shape)
 
 
 def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

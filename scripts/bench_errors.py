@@ -31,8 +31,8 @@ from rich.table import Table
 
 from carv_attrib import Attributor, featurize, load_teacher
 from carv_attrib.data.sources import open_digits
+from carv_attrib.files import atomic_file
 from carv_attrib.metrics import top_k_overlap
-from carv_attrib.store import atomic_file
 from carv_attrib.teacher import Teacher
 
 WORK = Path("build/errors")

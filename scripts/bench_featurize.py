@@ -707,7 +707,7 @@ STAGES = {
         "carv_attrib.estimator:check_finite",
         "carv_attrib.estimator:average_bands",
         "carv_attrib.estimator:root_weighted",
-        "carv_attrib.store:concatenate",
+        "carv_attrib.parts:concatenate",
     ],
     "writing": ["carv_attrib.store:FeatureStore.write_part"],
     "waiting for threads": ["concurrent.futures._base:Future.result"],

@@ -42,10 +42,12 @@ from torch import Tensor
 from carv_attrib import featurize, load_teacher
 from carv_attrib.data.sources import open_digits
 from carv_attrib.index import NUM_CANDIDATES
+from carv_attrib.parts import PartFeatures
 from carv_attrib.pipeline import build_index
+from carv_attrib.records import Record
 from carv_attrib.scorer import Choice, Scorer
 from carv_attrib.seeding import stream
-from carv_attrib.store import FeatureStore, PartFeatures, Record
+from carv_attrib.store import FeatureStore
 
 COMMAND = "python scripts/bench_index.py"
 WORK = Path("build/index")

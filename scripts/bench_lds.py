@@ -35,12 +35,13 @@ from rich.table import Table
 from carv_attrib import load_teacher
 from carv_attrib.estimator import average_bands
 from carv_attrib.evaluation import GroundTruth
+from carv_attrib.files import atomic_file
 from carv_attrib.kernel import Damping, KernelKind, ScoreKind, fit_kernel
 from carv_attrib.manifest import restore_estimator
 from carv_attrib.metrics import measured, predicted_losses, resampled_lds, seed_ceiling, spearman
 from carv_attrib.scores import score_bands
 from carv_attrib.seeding import stream
-from carv_attrib.store import FeatureStore, atomic_file
+from carv_attrib.store import FeatureStore
 
 DEFAULT = "ours, 4 draws"
 

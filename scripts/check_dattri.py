@@ -35,7 +35,7 @@ from carv_attrib import load_teacher
 from carv_attrib.config import FeaturizeConfig
 from carv_attrib.estimator import build_estimator
 from carv_attrib.evaluation import GroundTruth
-from carv_attrib.store import atomic_file
+from carv_attrib.files import atomic_file
 from carv_attrib.teacher import Teacher
 
 OUTPUT = Path("docs/benchmarks/dattri.json")

@@ -42,7 +42,8 @@ from PIL import Image
 from carv_attrib.cli import main as carv
 from carv_attrib.data.sources import open_digits
 from carv_attrib.estimator import Estimator
-from carv_attrib.store import FeatureStore, read_sealed, write_sealed
+from carv_attrib.files import read_sealed, write_sealed
+from carv_attrib.store import FeatureStore
 
 COMMAND = "python scripts/check_faults.py"
 PROGRAM = str(Path(sys.executable).with_name("carv-attrib"))

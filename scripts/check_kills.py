@@ -34,9 +34,10 @@ from rich.table import Table
 
 from carv_attrib import featurize, load_teacher
 from carv_attrib.data import open_dataset
+from carv_attrib.files import read_sealed, unfinished_files
 from carv_attrib.maintenance import append, merge, remove
 from carv_attrib.pipeline import build_index
-from carv_attrib.store import FeatureStore, read_sealed, unfinished_files
+from carv_attrib.store import FeatureStore
 
 OUTPUT = Path("docs/benchmarks/kills.json")
 SETTINGS = {"num_draws": 2, "num_bands": 2, "proj_dim": 1024, "part_size": 8, "device": "cpu"}

@@ -35,9 +35,10 @@ from carv_attrib import featurize, load_teacher
 from carv_attrib.data import ExampleDataset, open_dataset
 from carv_attrib.data.sources import open_digits
 from carv_attrib.errors import CarvError
+from carv_attrib.files import atomic_file
 from carv_attrib.inspection import inspect, verify
 from carv_attrib.scorer import Choice, Scorer
-from carv_attrib.store import FeatureStore, atomic_file
+from carv_attrib.store import FeatureStore
 
 COMMAND = "python scripts/fuzz_readers.py"
 OUTPUT = Path("docs/benchmarks/fuzz.json")

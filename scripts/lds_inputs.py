@@ -18,7 +18,8 @@ from carv_attrib import featurize
 from carv_attrib.data.sources import open_digits
 from carv_attrib.estimator import Encoded
 from carv_attrib.evaluation import GroundTruth
-from carv_attrib.store import FeatureStore, atomic_file
+from carv_attrib.files import atomic_file
+from carv_attrib.store import FeatureStore
 from carv_attrib.teacher import Teacher
 
 WORK = Path("build/lds")

@@ -25,9 +25,9 @@ from lds_inputs import DAMPINGS, Inputs, index, kept, take
 from torch import Tensor
 
 from carv_attrib.estimator import Encoded, Estimator, check_finite, root_weighted
+from carv_attrib.files import atomic_file
 from carv_attrib.manifest import restore_estimator
 from carv_attrib.projection import Layer, weight_gradient
-from carv_attrib.store import atomic_file
 
 GRADIENT_BYTES = 5 * 2**30
 """Of the gradients of one group of layers."""

@@ -40,10 +40,10 @@ from torch import Tensor, nn
 
 from carv_attrib import load_teacher
 from carv_attrib.data import to_pixels
+from carv_attrib.files import atomic_file
 from carv_attrib.gradient import row_objective
 from carv_attrib.sampling import sample_draws, uniform_proposal
 from carv_attrib.seeding import choose_positions, stream_key
-from carv_attrib.store import atomic_file
 from carv_attrib.teacher import Teacher
 from carv_attrib.teachers import PACKAGED
 

@@ -15,12 +15,13 @@ from carv_attrib import Attributor, featurize, load_teacher
 from carv_attrib.data import open_dataset
 from carv_attrib.errors import ArgumentError, DataError, StoreError, StoreMismatchError
 from carv_attrib.estimator import average_bands
+from carv_attrib.files import write_sealed
 from carv_attrib.kernel import fit_kernel
 from carv_attrib.pipeline import build_index
 from carv_attrib.refinement import encode_examples, fresh_draws
 from carv_attrib.scorer import Choice, Scorer, _query_id
 from carv_attrib.scores import score_bands
-from carv_attrib.store import FeatureStore, write_sealed
+from carv_attrib.store import FeatureStore
 from tests.conftest import SETTINGS
 
 

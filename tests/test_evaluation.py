@@ -28,9 +28,9 @@ from carv_attrib.evaluation import (
     lds,
     self_retrieval,
 )
+from carv_attrib.files import read_sealed, write_sealed
 from carv_attrib.report.measures import draw_bars, save_bars
 from carv_attrib.seeding import stream
-from carv_attrib.store import read_sealed, write_sealed
 from carv_attrib.variance import Measured
 from tests.conftest import SETTINGS
 

@@ -13,8 +13,10 @@ from carv_attrib import Attributor
 from carv_attrib.errors import ArgumentError, StoreCorruptError, StoreError
 from carv_attrib.inspection import SelfInfluence, top_self
 from carv_attrib.kernel import ScoreKind, fit_kernel
+from carv_attrib.parts import PartFeatures
 from carv_attrib.pipeline import build_index
-from carv_attrib.store import FeatureStore, PartFeatures, Record
+from carv_attrib.records import Record
+from carv_attrib.store import FeatureStore
 
 
 @pytest.fixture

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from carv_attrib.errors import ArgumentError, StoreCorruptError, StoreError
+from carv_attrib.files import file_digest, read_sealed, write_sealed
 from carv_attrib.index import FeatureIndex, read_index_settings
 from carv_attrib.kernel import DAMPINGS, Kernel, KernelKind, ScoreKind, choose_damping, fit_kernel, load_kernel
+from carv_attrib.parts import PartFeatures
+from carv_attrib.records import Record
 from carv_attrib.scores import score_bands
-from carv_attrib.store import FeatureStore, PartFeatures, Record, file_digest, read_sealed, write_sealed
+from carv_attrib.store import FeatureStore
 
 NUM, BANDS, DIM = 40, 3, 5
 

@@ -17,7 +17,8 @@ from carv_attrib.data import open_dataset
 from carv_attrib.errors import ArgumentError, BadImageError, DataError, StoreCorruptError, StoreError
 from carv_attrib.estimator import build_estimator
 from carv_attrib.latents import EncodedBatch, LatentCache, encoded_parts
-from carv_attrib.store import FeatureStore, Record
+from carv_attrib.records import Record
+from carv_attrib.store import FeatureStore
 from carv_attrib.teacher import Teacher
 from carv_attrib.teachers._diffusers import DiffusersTeacher
 from tests.conftest import SETTINGS, TinyTeacher

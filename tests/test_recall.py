@@ -15,11 +15,14 @@ from click.testing import CliRunner
 from carv_attrib import Attributor
 from carv_attrib.cli import main
 from carv_attrib.errors import ArgumentError, StoreCorruptError
+from carv_attrib.files import read_sealed, write_sealed
 from carv_attrib.index import FeatureIndex, SearchSettings, choose_factory, read_index_settings
 from carv_attrib.kernel import fit_kernel, load_kernel
 from carv_attrib.maintenance import remove
+from carv_attrib.parts import PartFeatures
 from carv_attrib.pipeline import build_index
-from carv_attrib.store import FeatureStore, PartFeatures, Record, read_sealed, write_sealed
+from carv_attrib.records import Record
+from carv_attrib.store import FeatureStore
 
 NUM, DIM = 3000, 16
 CHOICE: dict[str, Any] = {"score": "preconditioned", "damping": "auto"}

@@ -12,16 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from carv_attrib.errors import StoreCorruptError, StoreError, StoreMismatchError
-from carv_attrib.store import (
-    FeatureStore,
-    PartFeatures,
-    Record,
-    atomic_file,
-    concatenate,
-    read_sealed,
-    tensor_digest,
-    write_sealed,
-)
+from carv_attrib.files import atomic_file, read_sealed, tensor_digest, write_sealed
+from carv_attrib.parts import PartFeatures, concatenate
+from carv_attrib.records import Record
+from carv_attrib.store import FeatureStore
 
 MANIFEST = {
     "config": {"part_size": 4, "num_bands": 2, "num_draws": 4, "feature_dtype": "float16"},
@@ -171,7 +165,7 @@ def test_a_full_disk_stops_the_run_with_one_line_and_keeps_what_was_done(
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("carv_attrib.store.save_file", full)
+    monkeypatch.setattr("carv_attrib.parts.save_file", full)
     with pytest.raises(
         StoreError, match=r"part 0 cannot be written to .*No space left on device.*start again"
     ) as caught:

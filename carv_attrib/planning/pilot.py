@@ -31,6 +31,7 @@ from carv_attrib.estimator import (
 from carv_attrib.gradient import row_objective
 from carv_attrib.kernel import DEFAULT_DAMPING, Kernel, decompose
 from carv_attrib.manifest import choose_micro_batch, pilot_rows, read_pilot
+from carv_attrib.parts import PartFeatures
 from carv_attrib.planning.costs import Stopwatch, UnitCosts, peak_memory
 from carv_attrib.planning.forecast import (
     Candidate,
@@ -42,7 +43,7 @@ from carv_attrib.planning.forecast import (
 from carv_attrib.sampling import Draws, Scheme, pair_size
 from carv_attrib.scores import score_bands
 from carv_attrib.seeding import stream_key
-from carv_attrib.store import FeatureStore, PartFeatures
+from carv_attrib.store import FeatureStore
 from carv_attrib.teacher import Teacher, placement
 from carv_attrib.variance import Measured
 
