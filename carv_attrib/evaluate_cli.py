@@ -129,16 +129,17 @@ def self_retrieval(
 
 @evaluate.command()
 @click.argument("results", type=click.Path(path_type=Path))
+@click.option("--against", metavar="METHOD", help="What the others are compared with.  [default: the first]")
 @output_options
-def counterfactual(results: Path, as_json: bool, plot: Path | None) -> None:
+def counterfactual(results: Path, against: str | None, as_json: bool, plot: Path | None) -> None:
     """Show how much the losses in RESULTS, an npz, rose when the highest scores' examples were removed."""
     from carv_attrib.evaluation import Counterfactuals
     from carv_attrib.evaluation import counterfactual as compare
 
     found = Counterfactuals.load(results)
-    figures = compare(found)
-    counts = "{} queries, {} seeds".format(*found.full_losses.shape)
-    title = f"rise of the loss from {found.full_losses.mean():.4g}, {counts}, mean ± standard error"
+    figures = compare(found, against)
+    full, seeds = found.full_losses[found.whole.any(0)].mean(), len(found.full_losses[0])
+    title = f"rise of the loss from {full:.4g}, mean ± standard error, seeds: {seeds}"
     _show(figures, as_json, "removed", title, significant_digits)
     rises = {group: {name: row[name] for name in found.methods} for group, row in figures.items()}
     _draw(rises, plot, "removed", "rise of the loss")

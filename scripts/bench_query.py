@@ -4,7 +4,7 @@ Command:  python scripts/bench_query.py
 Hardware: 2 CPU cores, about 3 minutes
 Writes:   docs/benchmarks/query.json and the tables that it prints
 
-The digits are featurized into a temporary folder with the packaged teacher at the defaults (8 draws, 4 bands, 512
+The digits are featurized into a temporary folder with the packaged teacher at the defaults (8 draws, 4 bands, 2,048
 dimensions). Queries are digits that the teacher generated, with their labels. Medians and quartiles over repetitions:
 
 - one query: `Attributor.query`, from a picture to ten matches with standard errors, records and thumbnails.
@@ -120,17 +120,14 @@ def measure_opening(
 
 def enlarge(source: Path, target: Path, times: int) -> Path:
     """Write an index whose parts are links to those of another, so many times over; its ids repeat."""
-    manifest = json.loads((source / "manifest.json").read_text())
-    size, parts = manifest["config"]["part_size"], FeatureStore.open(source).num_parts
-    whole = [part for part in range(parts) if (part + 1) * size <= manifest["dataset"]["num_examples"]]
-    manifest["dataset"]["num_examples"] = len(whole) * size * times
-    for folder in ("features", "examples"):
-        (target / folder).mkdir(parents=True)
-    (target / "manifest.json").write_text(json.dumps(manifest))
-    old, new = FeatureStore.open(source), FeatureStore.open(target)
-    for part in range(len(whole) * times):
-        new.features_path(part).hardlink_to(old.features_path(part % len(whole)))
-        new.examples_path(part).hardlink_to(old.examples_path(part % len(whole)))
+    old = FeatureStore.open(source)
+    config, dataset = old.manifest["config"], old.manifest["dataset"]
+    whole = dataset["num_examples"] // config["part_size"]
+    num_examples = whole * config["part_size"] * times
+    new = FeatureStore.create(target, {**old.manifest, "dataset": {**dataset, "num_examples": num_examples}})
+    for part in range(whole * times):
+        new.features_path(part).hardlink_to(old.features_path(part % whole))
+        new.examples_path(part).hardlink_to(old.examples_path(part % whole))
     build_index(new)
     return target
 

@@ -349,21 +349,35 @@ def save_results(tmp_path: Path) -> Callable[..., Path]:
 
 def test_rises_and_their_differences_are_means_over_queries(save_results: Callable[..., Path]) -> None:
     found = counterfactual(Counterfactuals.load(save_results()))
-    assert list(found) == ["1 %", "7 %"]
-    assert list(found["1 %"]) == ["ours", "random", "random less ours"]
-    assert [x.value for x in found["1 %"].values()] == pytest.approx([4, 1, -3])
-    assert [x.value for x in found["7 %"].values()] == pytest.approx([8, 2, -6])
+    small, large = "1 %, 5 queries", "7 %, 5 queries"
+    assert list(found) == [small, large]
+    assert list(found[small]) == ["ours", "random", "random less ours"]
+    assert [x.value for x in found[small].values()] == pytest.approx([4, 1, -3])
+    assert [x.value for x in found[large].values()] == pytest.approx([8, 2, -6])
     spread = np.arange(5).std() / 5**0.5
-    assert [x.standard_error for x in found["1 %"].values()] == pytest.approx([spread, 0, spread], rel=0.1, abs=1e-12)
+    assert [x.standard_error for x in found[small].values()] == pytest.approx([spread, 0, spread], rel=0.1, abs=1e-12)
 
 
-def test_queries_that_lack_a_model_are_left_out(save_results: Callable[..., Path]) -> None:
+def test_methods_are_compared_with_the_one_that_is_named(save_results: Callable[..., Path]) -> None:
+    results = Counterfactuals.load(save_results())
+    found = counterfactual(results, "random")["7 %, 5 queries"]
+    assert {name: x.value for name, x in found.items()} == pytest.approx(
+        {"ours": 8, "random": 2, "ours less random": 6}
+    )
+    with pytest.raises(ArgumentError, match="`against` must be one of ours, random, got 'theirs'"):
+        counterfactual(results, "theirs")
+
+
+def test_queries_that_lack_a_model_are_left_out_of_a_fraction(save_results: Callable[..., Path]) -> None:
     with np.load(save_results()) as file:
         losses, full = file["losses"], file["full_losses"]
     losses[0, 1, 4, 1] = full[3, 0] = np.nan
-    found = Counterfactuals.load(save_results(losses=losses, full_losses=full))
-    assert found.losses.shape == (2, 2, 3, 2)
-    assert counterfactual(found)["1 %"]["ours"].value == pytest.approx(3)
+    found = counterfactual(Counterfactuals.load(save_results(losses=losses, full_losses=full)))
+    assert {name: row["ours"].value for name, row in found.items()} == pytest.approx(
+        {"1 %, 4 queries": (2 + 3 + 4 + 6) / 4, "7 %, 3 queries": 2 * 3}
+    )
+    losses[:, 1, 1:] = np.nan
+    assert list(counterfactual(Counterfactuals.load(save_results(losses=losses)))) == ["1 %, 5 queries"]
     losses[:, :, 1:] = np.nan
     with pytest.raises(DataError, match="`results` .* must have at least 2 queries with the models .*, has 1; train"):
         Counterfactuals.load(save_results(losses=losses))
@@ -372,11 +386,11 @@ def test_queries_that_lack_a_model_are_left_out(save_results: Callable[..., Path
 def test_the_counterfactual_command_prints_a_table_or_json(tmp_path: Path, save_results: Callable[..., Path]) -> None:
     shown = run("counterfactual", save_results(), "--plot", tmp_path / "rises.png")
     assert shown.exit_code == 0, shown.output
-    assert "rise of the loss from 7, 5 queries, 2 seeds" in " ".join(shown.output.split())
+    assert "rise of the loss from 7, mean ± standard error, seeds: 2" in " ".join(shown.output.split())
     assert "4.00 ± 0." in shown.output
     assert (tmp_path / "rises.png").read_bytes().startswith(b"\x89PNG")
-    found = json.loads(run("counterfactual", save_results(), "--json").stdout)
-    assert found["7 %"]["random less ours"]["value"] == pytest.approx(-6)
+    found = json.loads(run("counterfactual", save_results(), "--json", "--against", "random").stdout)
+    assert found["7 %, 5 queries"]["ours less random"]["value"] == pytest.approx(6)
 
 
 def test_results_that_are_wrong_are_one_line(tmp_path: Path, save_results: Callable[..., Path]) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
-from carv_attrib.errors import DataError
+from carv_attrib.errors import ArgumentError, DataError
 from carv_attrib.evaluation.arrays import read_arrays
 from carv_attrib.metrics import measured, resampled_means
 from carv_attrib.report.measures import Measures
@@ -30,7 +31,8 @@ class Counterfactuals:
     Attributes:
         methods: what chose the examples that were removed.
         fractions: shares of the training examples that were removed.
-        losses: of each query under the models that were trained without the examples that were chosen for it.
+        losses: of each query under the models that were trained without the examples that were chosen for it; NaN
+            where there is no model.
         full_losses: of each query under the models of the same seeds that were trained on everything.
     """
 
@@ -39,11 +41,14 @@ class Counterfactuals:
     losses: Float[np.ndarray, "methods fractions queries seeds"]
     full_losses: Float[np.ndarray, "queries seeds"]
 
+    @cached_property
+    def whole(self) -> Bool[np.ndarray, "fractions queries"]:
+        """Whether a query has the models of all methods and seeds."""
+        return ~(np.isnan(self.losses).any((0, 3)) | np.isnan(self.full_losses).any(1))
+
     @staticmethod
     def load(path: str | Path) -> Counterfactuals:
         """Return what is in an npz file, whose layout `docs/evaluation.md` has; never a pickle.
-
-        Queries that lack a model are left out.
 
         Raises:
             DataError: if the file cannot be read, or lacks something.
@@ -52,33 +57,42 @@ class Counterfactuals:
         losses, full_losses = (arrays[name].astype(np.float64) for name in ("losses", "full_losses"))
         if np.isinf(losses).any() or np.isinf(full_losses).any():
             raise DataError(f"`results` {path} must have finite losses, NaN for no model; train those again.")
-        whole = ~(np.isnan(losses).any((0, 1, 3)) | np.isnan(full_losses).any(1))
-        if losses.size == 0 or whole.sum() < 2:
+        found = Counterfactuals(arrays["methods"].tolist(), arrays["fractions"].tolist(), losses, full_losses)
+        num_queries = max(found.whole.sum(1), default=0) if losses.size else 0
+        if num_queries < 2:
             raise DataError(
-                f"`results` {path} must have at least 2 queries with the models of all methods, fractions and seeds, "
-                f"has {whole.sum() if losses.size else 0}; train more."
+                f"`results` {path} must have at least 2 queries with the models of all methods and seeds, "
+                f"has {num_queries}; train more."
             )
-        return Counterfactuals(
-            methods=arrays["methods"].tolist(),
-            fractions=arrays["fractions"].tolist(),
-            losses=losses[:, :, whole],
-            full_losses=full_losses[whole],
-        )
+        return found
 
 
-def counterfactual(results: Counterfactuals) -> Measures:
-    """Return, for each fraction, the mean rise of the loss by each method, and what others rise more than the first.
+def counterfactual(results: Counterfactuals, against: str | None = None) -> Measures:
+    """Return, for each fraction, the mean rise of the loss by each method, and what others rise more than one of them.
 
+    Queries that lack a model of a fraction are left out of it, and fractions with fewer than two queries altogether.
     The rise of a query is the mean over seeds of its loss after removal, less that of models trained on everything.
     Standard errors are from a bootstrap over queries; those of differences are paired. What all queries share by the
     luck of the models that were trained on everything is not in them; differences do not contain it.
+
+    Args:
+        results: the losses.
+        against: the method that the others are compared with; the first by default.
+
+    Raises:
+        ArgumentError: if there is no such method.
     """
-    first = results.methods[0]
+    reference = against or results.methods[0]
+    if reference not in results.methods:
+        raise ArgumentError(f"`against` must be one of {', '.join(results.methods)}, got {reference!r}.")
+    others = [name for name in results.methods if name != reference]
     table: Measures = {}
-    full = results.full_losses.mean(1)
-    for number, fraction in enumerate(results.fractions):
-        rises = {name: results.losses[row, number].mean(1) - full for row, name in enumerate(results.methods)}
-        resampled = resampled_means(rises)
-        differences = {f"{name} less {first}": resampled[name] - resampled[first] for name in results.methods[1:]}
-        table[f"{100 * fraction:g} %"] = {name: measured(values) for name, values in (resampled | differences).items()}
+    for fraction, losses, whole in zip(results.fractions, results.losses.swapaxes(0, 1), results.whole, strict=True):
+        if whole.sum() < 2:
+            continue
+        rises = (losses[:, whole] - results.full_losses[whole]).mean(2)
+        resampled = resampled_means(dict(zip(results.methods, rises, strict=True)))
+        differences = {f"{name} less {reference}": resampled[name] - resampled[reference] for name in others}
+        found = {name: measured(values) for name, values in (resampled | differences).items()}
+        table[f"{100 * fraction:g} %, {whole.sum()} queries"] = found
     return table
