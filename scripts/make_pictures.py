@@ -16,17 +16,19 @@ from PIL import Image, ImageChops
 
 from carv_attrib import Attributor
 from carv_attrib.demo import CLASSES
-from carv_attrib.report import QueryResult, write_html
+from carv_attrib.report import QueryResult
+from carv_attrib.report.html import render_html
 
 IMAGES = Path("docs/images")
 MAX_HEIGHT = 8000
+ANSWERS_ONLY = "<style>.tables, .reading { display: none }</style></head>"
 
 
 def photograph(results: Sequence[QueryResult], path: Path, chromium: str, width: int, scale: float) -> None:
-    """Save a picture of the page of some results, without the empty rest below it and its footer."""
+    """Save a picture of the page of some results, without settings, explanations and the empty rest below."""
     with tempfile.TemporaryDirectory() as folder:
         page, shot = Path(folder) / "page.html", Path(folder) / "page.png"
-        write_html(results, page, title="")
+        page.write_text(render_html(results, title="").replace("</head>", ANSWERS_ONLY))
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={folder}/user"]
         size = [f"--window-size={width},{MAX_HEIGHT}", f"--force-device-scale-factor={scale}"]
         subprocess.run(
