@@ -44,8 +44,8 @@ class Counterfactuals:
     @cached_property
     def whole(self) -> Bool[np.ndarray, "fractions queries"]:
         """Whether a query has the models of all methods and seeds."""
-        missing: Bool[np.ndarray, "fractions queries"] = np.isnan(self.losses).any((0, 3))
-        return ~(missing | np.isnan(self.full_losses).any(1))
+        whole: Bool[np.ndarray, "fractions queries"] = ~np.isnan(self.losses + self.full_losses).any((0, 3))
+        return whole
 
     @staticmethod
     def load(path: str | Path) -> Counterfactuals:
