@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and checksums of what is in them."""
+"""Files that appear whole or not at all, and their checksums."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 
 @contextmanager
@@ -70,12 +67,3 @@ def file_digest(path: Path) -> str:
     """Return the hex SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the hex SHA-256 of the names and bytes of tensors, in the order of their names."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].flatten().view(torch.uint8).numpy().tobytes())  # numpy has no bfloat16
-    return digest.hexdigest()

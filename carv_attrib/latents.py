@@ -27,7 +27,8 @@ from carv_attrib.config import ExecutionConfig
 from carv_attrib.data import RESIZE_RULE, ExampleDataset
 from carv_attrib.errors import ArgumentError, BadImageError, StoreCorruptError, StoreError
 from carv_attrib.estimator import Encoded, Estimator
-from carv_attrib.files import atomic_file, file_digest, tensor_digest
+from carv_attrib.files import atomic_file, file_digest
+from carv_attrib.parts import tensor_digest
 from carv_attrib.records import Record, read_records, write_records
 from carv_attrib.teacher import Teacher, placement
 from carv_attrib.threads import in_background, in_order

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from carv_attrib.errors import StoreCorruptError
-from carv_attrib.files import atomic_file, tensor_digest
+from carv_attrib.files import atomic_file
 
 _LATER_TENSORS = ("row_crc32", "examples_sha256")  # which parts of earlier versions do not have
 _NO_CHECKSUM = -1  # of the rows of parts of earlier versions
@@ -105,6 +106,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], examples_sha256: st
     own["examples_sha256"] = torch.frombuffer(bytearray.fromhex(examples_sha256), dtype=torch.uint8)
     with atomic_file(path) as temporary:
         save_file(own, temporary, metadata={"sha256": tensor_digest(own)})
+
+
+def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the hex SHA-256 of the names and bytes of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().tobytes())  # numpy has no bfloat16
+    return digest.hexdigest()
 
 
 class PartRows:

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from carv_attrib.errors import StoreCorruptError, StoreError, StoreMismatchError
-from carv_attrib.files import atomic_file, read_sealed, tensor_digest, write_sealed
-from carv_attrib.parts import PartFeatures, concatenate
+from carv_attrib.files import atomic_file, read_sealed, write_sealed
+from carv_attrib.parts import PartFeatures, concatenate, tensor_digest
 from carv_attrib.records import Record
 from carv_attrib.store import FeatureStore
 

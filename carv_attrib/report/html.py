@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import functools
 import io
-import os
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING
 from PIL import Image, UnidentifiedImageError
 
 from carv_attrib.errors import ArgumentError, CarvError
+from carv_attrib.files import atomic_file
 from carv_attrib.report.formatting import format_error, format_number, format_share, format_value, is_known, visible
 from carv_attrib.report.result import GroupScore, Match, QueryResult
 
@@ -57,22 +56,11 @@ def write_html(results: Sequence[QueryResult], path: str | Path, *, title: str =
     """
     page = render_html(results, title=title)
     try:
-        _write_atomically(Path(path), page)
+        with atomic_file(Path(path)) as temporary:
+            temporary.write_text(page, encoding="utf-8", newline="\n")
     except OSError as err:
         got = f"{visible(str(path))} ({err.strerror or err})"
         raise CarvError(f"`path` must be a file that can be written, got {got}; choose another path.") from err
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
-    try:
-        with temporary.open("x", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @functools.cache
