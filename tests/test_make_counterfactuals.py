@@ -71,13 +71,13 @@ def test_removal_of_what_lowers_the_loss_raises_it_by_the_sum_of_effects(
     assert done.exit_code == 0, done.output
     assert len(trained) == 2 * (1 + 3) + 5 * 3 * 2 * 2  # seeds: everything, random; queries, fractions, methods, seeds
     found = load(tmp_path)
-    assert found.losses.shape == (3, 3, 5, 2)
+    assert found.whole.sum(1).tolist() == [5, 5, 5]
     rises = np.sort(effects)
     with np.load(tmp_path / "demo" / "counterfactual.npz") as file:
         chosen = ~np.isnan(file["losses"][0, 0, :, 0])
         assert not np.isnan(file["losses"][2]).any()
     table = counterfactual(found)
-    assert list(table) == ["1 %", "5 %", "10 %"]
+    assert list(table) == ["1 %, 5 queries", "5 %, 5 queries", "10 %, 5 queries"]
     for group, count in zip(table, (1, 5, 10), strict=True):
         assert table[group]["ours"].value == pytest.approx(rises[chosen, -count:].sum(1).mean())
         assert table[group]["opposite"].value == pytest.approx(rises[chosen, :count].sum(1).mean())
