@@ -17,7 +17,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        temporary.chmod(path.parent.stat().st_mode & 0o666)  # as readable as the folder, whoever wrote the file
+        temporary.chmod(path.parent.stat().st_mode & 0o664)  # as readable as the folder, whoever wrote the file
         _fsync(temporary)
         temporary.replace(path)
         _fsync(path.parent)

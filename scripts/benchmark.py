@@ -13,6 +13,8 @@ import click
 import numpy as np
 import torch
 
+from carv_attrib.files import atomic_file
+
 
 def describe_machine() -> dict[str, str | int]:
     """Return the processor, cores, threads, GPU and library versions of this machine."""
@@ -57,9 +59,8 @@ class Results:
         """Keep a cell and write the file."""
         self.content["cells"][key] = cell
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.content, indent=1) + "\n")
-        temporary.replace(self.path)
+        with atomic_file(self.path) as temporary:
+            temporary.write_text(json.dumps(self.content, indent=1) + "\n")
 
     def cell(self, key: str, compute: Callable[[], Any]) -> Any:
         """Return the cell called `key`, computed, printed and kept if it is not there."""

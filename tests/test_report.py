@@ -364,6 +364,12 @@ def test_report_is_written_without_leftovers(tmp_path: Path) -> None:
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == render_html([result()])
 
 
+def test_report_in_a_folder_of_all_is_not_writable_by_all(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    result().save_report(tmp_path / "report.html")
+    assert (tmp_path / "report.html").stat().st_mode & 0o777 == 0o664
+
+
 def test_unwritable_folder_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(
