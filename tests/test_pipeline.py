@@ -19,9 +19,11 @@ import pytest
 import torch
 from PIL import Image
 
-from carv_attrib import featurize, load_teacher
+from carv_attrib import Attributor, featurize, load_teacher
 from carv_attrib.config import FeaturizeConfig
 from carv_attrib.data import open_dataset, to_pixels
+from carv_attrib.data.sources import open_digits
+from carv_attrib.demo import generate
 from carv_attrib.errors import (
     ArgumentError,
     BadImageError,
@@ -574,3 +576,18 @@ def test_pictures_of_other_sizes_and_modes_become_what_the_teacher_takes(
         picture.resize((20, 11)).convert(mode).save(tmp_path / "mixed" / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}")
     store = featurize(ddpm_folder, tmp_path / "mixed", tmp_path / "index", **SETTINGS)
     assert len(store.ids) == 6
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_scores_of_a_cpu_and_the_same_bits_whatever_is_read_at_once(tmp_path: Path) -> None:
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    digits = open_digits().select(range(64))
+    runs = {"cpu": {"device": "cpu"}, "cuda": {"device": "cuda"}, "again": {"device": "cuda", "batch_size": 5}}
+    for name, execution in runs.items():
+        featurize("demo", digits, tmp_path / name, micro_batch=16, part_size=32, **execution)
+    cpu, cuda, again = (FeatureStore.open(tmp_path / name).read_part(1).features for name in runs)
+    assert torch.equal(cuda, again)
+    assert (cuda - cpu).norm() / cpu.norm() < 1e-3
+    images = generate([3, 5])
+    scores = [Attributor.open(tmp_path / name).scores(images, labels=[3, 5]) for name in runs]
+    np.testing.assert_allclose(scores[1], scores[0], atol=1e-2 * float(np.abs(scores[0]).max()))

@@ -107,7 +107,7 @@ def test_the_hash_on_a_processor_is_that_of_other_devices() -> None:
         assert torch.equal(random_bits(key, counters), seeding._hash(key, counters))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_signs_are_the_same_on_every_device() -> None:
     key = stream_key(0, "device")
     assert torch.equal(random_signs(key, 7, 10_000, "cuda").cpu(), random_signs(key, 7, 10_000))
