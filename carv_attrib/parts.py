@@ -43,6 +43,11 @@ class PartFeatures:
         values, scale = _to_float16(self.features) if float16 else (self.features, torch.ones(()))
         return {"ids": self.ids, "features": values, "features_scale": scale}
 
+    @staticmethod
+    def unpacked(tensors: Mapping[str, Tensor]) -> PartFeatures:
+        """Return what such tensors hold, in float32."""
+        return PartFeatures(tensors["ids"], tensors["features"].float() * tensors["features_scale"])
+
 
 def concatenate(pieces: Sequence[PartFeatures]) -> PartFeatures | None:
     """Return the features of several batches as one; None where there are none, every example being skipped."""

@@ -331,8 +331,7 @@ class FeatureStore:
         Raises:
             StoreCorruptError: if the file is damaged or is not of this store's shape.
         """
-        tensors = read_tensors(self.features_path(part), self.feature_shape)
-        return PartFeatures(tensors["ids"], tensors["features"].float() * tensors["features_scale"])
+        return PartFeatures.unpacked(read_tensors(self.features_path(part), self.feature_shape))
 
     @cached_property
     def parts(self) -> list[int]:

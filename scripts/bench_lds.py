@@ -9,14 +9,16 @@ Methods are settings of `featurize` and of the query. Each is scored at every da
 on the even subsets, and the odd ones are reported, for all methods alike. TRAK and D-TRAK run the code of `trak`
 (`lds_peers.py`; `check_dattri.py` compares the gradients of `dattri`); `lds_unprojected.py` has ours without a
 projection. What is equal is the teacher, the queries, the number of draws and, but for rows that say otherwise, 2,048
-dimensions, the default of `trak` and ours. Mean over queries of the rank correlation over subsets; standard errors by a
-bootstrap over subsets and queries, and of the difference to the default by the same resamples.
+dimensions, the default of `trak` and ours. Ours at 4 draws is measured with other seeds, and with other projections of
+the same draws, too: how much of an LDS is their luck. Mean over queries of the rank correlation over subsets; standard
+errors by a bootstrap over subsets and queries, and of the difference to the default by the same resamples.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,23 +29,28 @@ import torch
 from benchmark import describe_machine
 from lds_inputs import DAMPINGS, Inputs, index, kept
 from lds_peers import Peer, dtrak_recipe, trak_recipe
-from lds_unprojected import WithoutProjection
+from lds_unprojected import WithoutProjection, draw_gradients
 from make_lds_ground_truth import FOLDER, TASKS, load_digits, query_pixels
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from carv_attrib import load_teacher
+from carv_attrib.config import FeaturizeConfig
 from carv_attrib.estimator import average_bands
 from carv_attrib.evaluation import GroundTruth
 from carv_attrib.files import atomic_file
-from carv_attrib.kernel import Damping, KernelKind, ScoreKind, fit_kernel
+from carv_attrib.kernel import Damping, Kernel, KernelKind, ScoreKind, decompose, fit_kernel
 from carv_attrib.manifest import restore_estimator
 from carv_attrib.metrics import measured, predicted_losses, resampled_lds, seed_ceiling, spearman
+from carv_attrib.projection import build_projector
 from carv_attrib.scores import score_bands
 from carv_attrib.seeding import stream
 from carv_attrib.store import FeatureStore
 
 DEFAULT = "ours, 4 draws"
+SEEDS = range(1, 6)
+"""Of draws and projections other than those of the other rows, which have seed 0."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,37 @@ class Ours:
         return kept(file, lambda: score_at_dampings(inputs, index(inputs, settings), self))
 
 
-Method = Ours | Peer | WithoutProjection
+@dataclass(frozen=True)
+class OtherProjection:
+    """Ours with as many bands as draws, and with another random projection of the same draws.
+
+    Attributes:
+        num_draws: K, network evaluations for each example.
+        seed: of the projection.
+    """
+
+    num_draws: int
+    seed: int
+
+    def scores(self, inputs: Inputs) -> dict[str, np.ndarray]:
+        """Return the scores of all queries at every damping."""
+        settings = {"num_draws": self.num_draws, "num_bands": self.num_draws}
+        file = inputs.folder({"projection": self.seed, **settings}).with_suffix(".npz")
+        return kept(file, lambda: self.scores_of(inputs, index(inputs, settings).manifest))
+
+    def scores_of(self, inputs: Inputs, manifest: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Return those of the draws of an index."""
+        estimator = restore_estimator(inputs.teacher, manifest)
+        projection = FeaturizeConfig.from_flat(manifest["config"]).projection
+        other = build_projector(projection, estimator.layers, seed=self.seed, device="cpu", dtype=torch.float32)
+        vectors = draw_gradients(replace(estimator, projector=other), inputs.encoded, inputs.ids)
+        train = vectors[: inputs.num_train * self.num_draws].double()
+        kernel = decompose(train.T @ train, len(train))
+        bands = kernel.banded(vectors.view(len(inputs.ids), self.num_draws, 1, -1))
+        return at_dampings(bands[inputs.num_train :], bands[: inputs.num_train], kernel, DAMPINGS)
+
+
+Method = Ours | Peer | WithoutProjection | OtherProjection
 
 
 def methods() -> dict[str, Method]:
@@ -94,6 +131,8 @@ def methods() -> dict[str, Method]:
     for rank, dims in ((8, 512), (8, 2048), (32, 2048)):
         found[f"ours, 4 draws, rank {rank}, {dims} dims"] = Ours({"num_draws": 4, "rank": rank, "proj_dim": dims})
     found["ours, 4 draws, unprojected"] = WithoutProjection(4)
+    found |= {f"{DEFAULT}, seed {seed}": Ours({"num_draws": 4, "seed": seed}) for seed in SEEDS}
+    found |= {f"{DEFAULT}, projection {seed}": OtherProjection(4, seed) for seed in SEEDS}
     found |= {f"TRAK, {k} draws": trak_recipe(k) for k in (4, 16, 64)}
     found |= {f"D-TRAK, {k} draws": dtrak_recipe(k) for k in (10, 100)}
     found["D-TRAK, 100 draws, 4096 dims"] = replace(dtrak_recipe(100), proj_dim=4096)
@@ -111,16 +150,22 @@ def score_at_dampings(inputs: Inputs, store: FeatureStore, method: Ours) -> dict
     kernel = fit_kernel(store, method.kernel)
     query = kernel.banded(average_bands(estimator.features(encoded, draws), draws, estimator.config))
     train = torch.cat([kernel.banded(store.read_part(part).features) for part in store.parts])
-    normalise = method.score.endswith("cosine")
-    dampings: tuple[Damping, ...] = (*DAMPINGS, "auto")
+    scores = at_dampings(query, train, kernel, (*DAMPINGS, "auto"), method.score)
+    return scores | {"auto is": np.array(kernel.auto_damping)}
+
+
+def at_dampings(
+    query: Tensor, train: Tensor, kernel: Kernel, dampings: Sequence[Damping], score: ScoreKind = "preconditioned"
+) -> dict[str, np.ndarray]:
+    """Return the scores of features in the kernel's eigenbasis at every damping."""
     return {
         str(damping): score_bands(
-            query, train, kernel.inverse(method.score, damping), normalise=normalise, independent=False
+            query, train, kernel.inverse(score, damping), normalise=score.endswith("cosine"), independent=False
         )
         .scores.float()
         .numpy()
         for damping in dampings
-    } | {"auto is": np.array(kernel.auto_damping)}
+    }
 
 
 def baselines(task: str, truth: GroundTruth) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ Command:  python scripts/lds_tables.py     (needs lds.json of both tasks, by ben
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,6 +44,16 @@ def table(kinds: dict[str, dict[str, Any]], names: Sequence[str], last: Sequence
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def luck(kinds: dict[str, dict[str, Any]], word: str) -> str:
+    """Return the mean LDS over the default and its rows of other seeds or projections, and their standard deviation."""
+    cells = []
+    for kind in kinds.values():
+        rows = [row["lds"][0] for name, row in kind["rows"].items() if name.startswith(f"{DEFAULT}, {word} ")]
+        runs = [kind["rows"][DEFAULT]["lds"][0], *rows]
+        cells.append(f"{statistics.fmean(runs):.3f} (sd {statistics.stdev(runs):.3f})")
+    return f"| 4 draws, {len(runs)} {word}s | {' | '.join(cells)} |"
+
+
 @click.command()
 def main() -> None:
     """Print them."""
@@ -51,6 +62,7 @@ def main() -> None:
     click.echo(table(kinds, MAIN, ["ceiling"]))
     click.echo(table(kinds, PARTS))
     click.echo(table(kinds, PROJECTION))
+    click.echo("\n".join(luck(kinds, word) for word in ("seed", "projection")))
 
 
 if __name__ == "__main__":

@@ -92,9 +92,8 @@ def layer_groups(layers: Sequence[Layer], max_weights: int) -> list[list[Layer]]
     return groups
 
 
-def draw_gradients(estimator: Estimator, encoded: Encoded, ids: Sequence[int], layers: Sequence[Layer]) -> Tensor:
-    """Return the weighted gradient of some layers at every draw, (examples * draws, weights)."""
-    estimator = replace(estimator, layers=layers, projector=Unprojected(layers))
+def draw_gradients(estimator: Estimator, encoded: Encoded, ids: Sequence[int]) -> Tensor:
+    """Return the weighted gradient, as the projector leaves it, at every draw, (examples * draws, weights)."""
     num_draws = estimator.config.num_draws
     gradients = torch.empty(len(ids) * num_draws, estimator.projector.proj_dim)
     for start in range(0, len(ids), CHUNK):
@@ -119,7 +118,7 @@ def inner_products(estimator: Estimator, encoded: Encoded, ids: Sequence[int], n
     file.parent.mkdir(parents=True, exist_ok=True)
     for layers in layer_groups(estimator.layers[done:], GRADIENT_BYTES // (4 * num_rows)):
         begun = time.perf_counter()
-        gradients = draw_gradients(estimator, encoded, ids, layers)
+        gradients = draw_gradients(replace(estimator, layers=layers, projector=Unprojected(layers)), encoded, ids)
         for start in range(0, num_rows, PANEL):  # nothing above the diagonal
             rows, columns = slice(start, start + PANEL), slice(min(start + PANEL, num_columns))
             gram[rows, columns] += (gradients[rows] @ gradients[columns].T).double()

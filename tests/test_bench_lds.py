@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import bench_lds
 import click
 import lds_peers
+import lds_tables
 import lds_unprojected
 import numpy as np
 import pytest
@@ -135,6 +138,27 @@ def test_dual_scores_are_those_of_the_kernel_over_draws(teacher: Teacher, encode
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
+def test_another_projection_changes_nothing_else(
+    teacher: Teacher, encoded: Encoded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"num_draws": 4, "num_bands": 4, "rank": 4, "proj_dim": 64}
+    estimator = build_estimator(teacher, FeaturizeConfig.from_flat(settings), 8, PROFILE)
+    monkeypatch.setattr(bench_lds, "restore_estimator", lambda *_: estimator)
+    inputs = SimpleNamespace(teacher=teacher, encoded=encoded, ids=IDS, num_train=NUM_TRAIN)
+    same, other = (
+        bench_lds.OtherProjection(4, seed).scores_of(inputs, {"config": settings})["0.1"]  # type: ignore[arg-type]
+        for seed in (estimator.config.seed, estimator.config.seed + 1)
+    )
+    draws = estimator.draws(IDS)
+    bands = average_bands(estimator.features(encoded, draws), draws, estimator.config).double()
+    vectors = bands[:NUM_TRAIN].flatten(0, 2)
+    kernel = decompose(vectors.T @ vectors, len(vectors))
+    train, query = kernel.banded(bands[:NUM_TRAIN]), kernel.banded(bands[NUM_TRAIN:])
+    expected = score_bands(query, train, kernel.inverse("preconditioned", 0.1)).scores.numpy()
+    np.testing.assert_allclose(same, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())
+    assert not np.allclose(other, expected, rtol=1e-2)
+
+
 def test_inner_products_do_not_depend_on_groups_panels_or_a_kill(
     teacher: Teacher, encoded: Encoded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +197,12 @@ def test_what_is_kept_is_not_made_again(tmp_path: Path) -> None:
 def test_rows_have_equal_numbers_of_draws_as_their_names_say() -> None:
     for name, method in methods().items():
         assert f"{method.num_draws} draws" in name
+
+
+def test_luck_is_over_the_default_and_its_other_runs() -> None:
+    lds = {"ours, 4 draws": 0.1, "ours, 4 draws, seed 1": 0.3, "ours, 4 draws, projection 1": 0.9}
+    kinds = {"demo: held-out": {"rows": {name: {"lds": [value, 0.01]} for name, value in lds.items()}}}
+    assert lds_tables.luck(kinds, "seed") == "| 4 draws, 2 seeds | 0.200 (sd 0.141) |"
 
 
 def test_take_takes_conditions_along(encoded: Encoded) -> None:
