@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ from carv_attrib.config import FeaturizeConfig, check_choice
 from carv_attrib.errors import ArgumentError, StoreCorruptError, StoreError
 from carv_attrib.files import atomic_file
 from carv_attrib.store import FeatureStore
+from carv_attrib.threads import in_order
 
 KernelKind = Literal["bands", "means"]
 ScoreKind = Literal["preconditioned", "dot", "cosine", "preconditioned-cosine"]
@@ -168,8 +169,9 @@ def choose_damping(first: Float64[Tensor, "d d"], second: Float64[Tensor, "d d"]
         first: H, up to a factor, of one half of the draws.
         second: of the other half.
     """
-    found = [_cross_validated(*pair) for pair in ((first, second), (second, first))]
-    return math.prod(found) ** 0.5 / 2  # H has twice the draws of a half
+    pairs = ((first, second), (second, first))
+    with _one_thread(), closing(in_order(lambda pair: _cross_validated(*pair), pairs, 2)) as found:
+        return math.prod(found) ** 0.5 / 2  # H has twice the draws of a half
 
 
 def _cross_validated(known: Float64[Tensor, "d d"], other: Float64[Tensor, "d d"]) -> float:
@@ -177,8 +179,7 @@ def _cross_validated(known: Float64[Tensor, "d d"], other: Float64[Tensor, "d d"
 
     The factor of the covariance is the best at each damping.
     """
-    with _one_thread():
-        eigenvalues, eigenvectors = torch.linalg.eigh(known)
+    eigenvalues, eigenvectors = torch.linalg.eigh(known)
     moments = (eigenvectors * (other @ eigenvectors)).sum(0)
     damped = eigenvalues.clamp(min=0) + DAMPINGS[:, None] * eigenvalues.mean()
     surprise = damped.log().mean(1) + (moments / damped).mean(1).log()
@@ -187,7 +188,7 @@ def _cross_validated(known: Float64[Tensor, "d d"], other: Float64[Tensor, "d d"
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Compute with one thread: the last bits of an eigenvector depend on how many there are."""
+    """Compute with one thread for each call: the last bits of an eigenvector depend on how many there are."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
