@@ -358,6 +358,14 @@ def test_rises_and_their_differences_are_means_over_queries(save_results: Callab
     assert [x.standard_error for x in found[small].values()] == pytest.approx([spread, 0, spread], rel=0.1, abs=1e-12)
 
 
+def test_fractions_are_in_order_whenever_they_were_added(save_results: Callable[..., Path]) -> None:
+    with np.load(save_results()) as file:
+        changes = {"fractions": file["fractions"][::-1], "losses": file["losses"][:, ::-1]}
+    sorted_ = counterfactual(Counterfactuals.load(save_results()))
+    assert list(found := counterfactual(Counterfactuals.load(save_results(**changes)))) == list(sorted_)
+    assert found == sorted_
+
+
 def test_methods_are_compared_with_the_one_that_is_named(save_results: Callable[..., Path]) -> None:
     results = Counterfactuals.load(save_results())
     found = counterfactual(results, "random")["7 %, 5 queries"]

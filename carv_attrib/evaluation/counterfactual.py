@@ -69,12 +69,13 @@ class Counterfactuals:
 
 
 def counterfactual(results: Counterfactuals, against: str | None = None) -> Measures:
-    """Return, for each fraction, the mean rise of the loss by each method, and what others rise more than one of them.
+    """Return the mean rise of the loss by each method, and what others rise more than one of them, at each fraction.
 
-    Queries that lack a model of a fraction are left out of it, and fractions with fewer than two queries altogether.
-    The rise of a query is the mean over seeds of its loss after removal, less that of models trained on everything.
-    Standard errors are from a bootstrap over queries; those of differences are paired. What all queries share by the
-    luck of the models that were trained on everything is not in them; differences do not contain it.
+    Fractions are in increasing order. Queries that lack a model of a fraction are left out of it, and fractions with
+    fewer than two queries altogether. The rise of a query is the mean over seeds of its loss after removal, less that
+    of models trained on everything. Standard errors are from a bootstrap over queries; those of differences are paired.
+    What all queries share by the luck of the models that were trained on everything is not in them; differences do not
+    contain it.
 
     Args:
         results: the losses.
@@ -88,7 +89,8 @@ def counterfactual(results: Counterfactuals, against: str | None = None) -> Meas
         raise ArgumentError(f"`against` must be one of {', '.join(results.methods)}, got {reference!r}.")
     others = [name for name in results.methods if name != reference]
     table: Measures = {}
-    for fraction, losses, whole in zip(results.fractions, results.losses.swapaxes(0, 1), results.whole, strict=True):
+    for row in np.argsort(results.fractions):
+        fraction, losses, whole = results.fractions[row], results.losses[:, row], results.whole[row]
         if whole.sum() < 2:
             continue
         rises = (losses[:, whole] - results.full_losses[whole]).mean(2)
