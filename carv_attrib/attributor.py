@@ -123,7 +123,8 @@ class Attributor:
             timesteps: score only bands of timesteps in [first, last).
             group_by: also return the sums of the scores of all examples with the same label, caption or folder, or the
                 same value of a column of the data set.
-            refine: take more draws of so many of the first examples (and of the query), and rank them again.
+            refine: take more draws of so many of the first examples (and of the query), and rank them again. Of fewer
+                than twice `top_k`, probabilities of the top k are not known.
             target_se: stop refining when the standard errors of all that are returned are at most this.
             max_draws: stop refining at so many draws of an example, those of the index among them.
             mask: a grey picture or its path, white where the image is asked about: which examples made that part. It
@@ -161,12 +162,13 @@ class Attributor:
                 ]
             )
         )
-        evaluations = sum(member.estimator.config.draws_per_example for member in members)
+        draws_taken, evaluations = 0, sum(member.estimator.config.draws_per_example for member in members)
         found = []
         for member, own, query in zip(members, asked, queries, strict=True):
             if refinement:
-                refined, more = member.refined_scores(own, query, positions, choice, window, refinement)
+                refined, rounds, more = member.refined_scores(own, query, positions, choice, window, refinement)
                 found.append(refined)
+                draws_taken = max(draws_taken, (1 + rounds) * member.estimator.config.num_draws)
                 evaluations += more
             else:
                 found.append(member.candidate_scores(query, positions, choice, window))
@@ -175,9 +177,11 @@ class Attributor:
         if mask_picture is not None:
             settings["mask"] = mask_name
         if timesteps:
-            settings["timesteps"] = f"{timesteps[0]}:{timesteps[1]}"
-        if refine:
-            settings |= {"max_draws": max_draws, "refine": refine}
+            first, last = members[0].band_edges[[window.start, window.stop]]
+            settings["timesteps"] = f"{first:g}:{last:g}"
+        if refinement:
+            settings |= {"refine": refine, "max_draws": max_draws, "draws_taken": draws_taken}
+            settings |= {} if target_se is None else {"target_se": target_se}
         return QueryResult(
             query=name,
             condition=_describe_condition(label, prompt, self.store.manifest["dataset"]["label_names"]),
@@ -294,6 +298,7 @@ class Attributor:
         records = self.store.find_records(ids[best].tolist())
         names = self.store.manifest["dataset"]["label_names"]
         known = found.degrees_of_freedom > 0
+        compared = known and len(positions) >= min(2 * top_k, len(self.ids))  # else others might be among the first
         bands = found.bands[:, 0].T.tolist()
         return tuple(
             Match(
@@ -304,7 +309,7 @@ class Attributor:
                 low=(ends := _ends(sign * scores[i], reach[i], known))[0],
                 high=ends[1],
                 bands=tuple(sign * score for score in bands[i]),
-                top_probability=probabilities[i] if known else None,
+                top_probability=probabilities[i] if compared else None,
                 label=label_name(record.label, names),
                 caption=record.caption,
                 thumbnail=record.thumbnail,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from carv_attrib.errors import BadImageError, DataError
 from carv_attrib.estimator import Encoded, Estimator
 from carv_attrib.records import Record
 from carv_attrib.teacher import Teacher
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,27 @@ class Batch:
 def check_columns(teacher: Teacher, examples: ExampleDataset) -> None:
     """Check that the dataset has the labels or captions that the teacher is conditioned on.
 
+    Warns if the classes have names, and are not as many as the teacher's: their numbers might mean others there.
+
     Raises:
         DataError: if it has not.
     """
-    if teacher.condition_kind == "label" and not examples.has_labels:
-        raise DataError(f"the teacher needs class labels, but {examples.source} has none; name a `label_column`.")
+    if teacher.condition_kind == "label":
+        if not examples.has_labels:
+            raise DataError(
+                f"the teacher needs class labels, but {examples.source} has none; name a `label_column`, or sort the "
+                "pictures into at least two folders, one for each class."
+            )
+        names = examples.label_names
+        if names and len(names) != teacher.num_classes:
+            _log.warning(
+                "%s has %d classes and the teacher %d; they are numbered in the order of their names, from %s = 0 on: "
+                "check that the teacher was trained with these numbers.",
+                examples.source,
+                len(names),
+                teacher.num_classes,
+                names[0],
+            )
     if teacher.condition_kind == "prompt" and not examples.has_captions:
         raise DataError(f"the teacher needs captions, but {examples.source} has none; name a `caption_column`.")
 

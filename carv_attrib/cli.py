@@ -316,6 +316,8 @@ def query(
 
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other; give one of them.")
+    if as_csv and question["group_by"]:
+        raise click.UsageError("--csv has no room for groups; give --json with --group-by.")
     quiet_libraries()
     attributor = Attributor.open(index, teacher=teacher or None, dataset=dataset, device=device)
     result = attributor.query(question.pop("image"), **question)

@@ -29,6 +29,8 @@ Damping = float | Literal["auto"]
 
 DEFAULT_DAMPING = 0.1
 """What `auto` is where there is nothing to choose it from: with one draw, and in pilots."""
+_SIDE_BY_SIDE = 4096
+"""Dimensions up to which two eigendecompositions are made at once: beyond, they take gigabytes each."""
 DAMPINGS = torch.logspace(-5, 1, 121, dtype=torch.float64)
 """That `auto` chooses among, before it is halved."""
 
@@ -170,7 +172,8 @@ def choose_damping(first: Float64[Tensor, "d d"], second: Float64[Tensor, "d d"]
         second: of the other half.
     """
     pairs = ((first, second), (second, first))
-    with _one_thread(), closing(in_order(lambda pair: _cross_validated(*pair), pairs, 2)) as found:
+    threads = 2 if len(first) <= _SIDE_BY_SIDE else 0
+    with _one_thread(), closing(in_order(lambda pair: _cross_validated(*pair), pairs, threads)) as found:
         return math.prod(found) ** 0.5 / 2  # H has twice the draws of a half
 
 

@@ -28,6 +28,7 @@ from carv_attrib.teachers import load_teacher
 if TYPE_CHECKING:
     import datasets
 
+_log = logging.getLogger(__name__)
 ExportFormat = Literal["npy", "parquet", "trak"]
 APPEND_SETTINGS = tuple(field.name for kind in (DataConfig, ExecutionConfig) for field in fields(kind))
 """Settings of `featurize` that an append has of its own; all others are those of the index."""
@@ -43,7 +44,7 @@ def append(
     """Add the examples of another data set to an index, and build it again; goes on where an earlier run was stopped.
 
     Everything that decides a feature is as the index has it. Examples without an id column are numbered on from the
-    last one of the index.
+    last one of the index. A data set that the index has already is not added again, so that a run can be repeated.
 
     Args:
         path: of the index.
@@ -78,7 +79,7 @@ def append(
             raise StoreMismatchError(
                 f"{path} has an unfinished append of {begun['source']}; run that again first, with the same data set."
             )
-        if not begun:
+        if not begun and not _holds(store, dataset, data, len(examples)):
             _check_new(store, entry, examples.ids)
             store.change_manifest(appended=[*store.manifest.get("appended", ()), entry])
         write_parts(store, estimator, examples, config.execution, store.segments[-1])
@@ -101,7 +102,8 @@ def remove(path: str | Path, *, ids: Iterable[int] = (), keys: Iterable[str] = (
         How many examples were removed.
 
     Raises:
-        ArgumentError: if the index does not have one of them, or would be left without any; nothing is removed then.
+        ArgumentError: if the index does not have one of them, a key names several, or no example would be left; nothing
+            is removed then.
     """
     ids, keys, count = list(ids), list(keys), 0
     if not ids and not keys:
@@ -250,6 +252,17 @@ def _all_ids(store: FeatureStore) -> set[int]:
     return {record.id for part in store.parts for record in store.read_records(part)} | store.removed
 
 
+def _holds(store: FeatureStore, dataset: Any, data: Mapping[str, Any], num_examples: int) -> bool:
+    """Return whether a store has a data set already, whose examples got their ids then."""
+    for known in (segment.dataset for segment in store.segments):
+        if known["num_examples"] == num_examples:
+            examples = open_dataset(dataset, first_id=known.get("first_id", 0), **data)
+            if examples.fingerprint == known["fingerprint"]:
+                _log.warning("%s has the examples of %s already; nothing is added.", store.path, examples.source)
+                return True
+    return False
+
+
 def _check_new(store: FeatureStore, entry: Mapping[str, Any], ids: np.ndarray) -> None:
     """Check that examples are not in a store yet, and that their classes are its own."""
     if shared := _all_ids(store) & set(ids.tolist()):
@@ -267,7 +280,16 @@ def _find(store: FeatureStore, ids: Sequence[int], keys: Sequence[str]) -> set[i
     wanted, names = set(ids), set(keys)
     records = [record for part in store.parts for record in store.read_records(part)]
     found = {record.id for record in records if record.id in wanted or record.key in names}
-    lost = [*sorted(wanted - found), *sorted(names - {record.key for record in records})]
+    named: dict[str, list[int]] = {}
+    for record in records:
+        named.setdefault(record.key, []).append(record.id)
+    for name in sorted(names & named.keys()):
+        if len(own := named[name]) > 1:
+            raise ArgumentError(
+                f"`keys` {name} is the name of {len(own)} examples, {', '.join(map(str, own[:5]))}; give their `ids`. "
+                "Nothing was removed."
+            )
+    lost = [*sorted(wanted - found), *sorted(names - named.keys())]
     if lost:
         raise ArgumentError(f"{store.path} has no example {lost[0]}; nothing was removed.")
     if found >= set(store.ids.tolist()):

@@ -169,7 +169,7 @@ class Scorer:
                 f"`timesteps` needs bands of equal shares of timesteps, this index has a draw of `proposal` "
                 f"{config.proposal} in each; featurize with fewer `num_bands`."
             )
-        edges = np.linspace(0, self.estimator.teacher.noise_schedule.num_timesteps, config.num_bands + 1)
+        edges = self.band_edges
         inside = np.flatnonzero((edges[:-1] >= timesteps[0]) & (edges[1:] <= timesteps[1]))
         if len(inside) == 0:
             raise ArgumentError(
@@ -177,6 +177,12 @@ class Scorer:
                 f"end at {', '.join(f'{edge:g}' for edge in edges)}. Take those, or featurize with more `num_bands`."
             )
         return slice(int(inside[0]), int(inside[-1]) + 1)
+
+    @property
+    def band_edges(self) -> Float[np.ndarray, " edges"]:
+        """Timesteps at which bands begin and end."""
+        num_timesteps = self.estimator.teacher.noise_schedule.num_timesteps
+        return np.linspace(0, num_timesteps, self.estimator.config.num_bands + 1)
 
     def candidates(
         self, query: Tensor, choice: Choice, number: int, window: slice, *, opponents: bool
@@ -228,8 +234,8 @@ class Scorer:
         choice: Choice,
         window: slice,
         refinement: Refinement,
-    ) -> tuple[BandScores, int]:
-        """Return scores with more draws of a query and of candidates, and the network evaluations that they took.
+    ) -> tuple[BandScores, int, int]:
+        """Return scores with more draws of a query and of candidates, the rounds and the network evaluations they took.
 
         The draws are the same for the query, the candidates and the references, of whose draws the kernel is made too.
         """
@@ -257,7 +263,7 @@ class Scorer:
             found = self.score(query[:, window], train[:, window], choice, kernel)
             if refinement.is_enough(found):
                 break
-        return found, evaluations
+        return found, number + 1, evaluations
 
     def _index(self, choice: Choice) -> FeatureIndex:
         """Return the stored index if it serves, else one built in memory for this score."""

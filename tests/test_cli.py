@@ -278,6 +278,8 @@ def test_sigterm_is_answered_as_an_interrupt_is(
 def test_json_and_csv_together(tiny_index: Path, digits_folder: Path) -> None:
     result = run("query", tiny_index, "--image", digits_folder / "1" / "001.png", "--json", "--csv")
     assert_one_line(result, 2, "--json and --csv exclude each other")
+    result = run("query", tiny_index, "--image", digits_folder / "1" / "001.png", "--group-by", "label", "--csv")
+    assert_one_line(result, 2, "--csv has no room for groups; give --json with --group-by")
 
 
 def test_a_folder_that_is_no_index(tmp_path: Path) -> None:

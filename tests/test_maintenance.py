@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from carv_attrib import Attributor, featurize
+from carv_attrib import Attributor, featurize, maintenance
 from carv_attrib.cli import main
 from carv_attrib.data import open_dataset
 from carv_attrib.ensemble import featurize_ensemble
@@ -54,6 +54,10 @@ def assert_same_answers(one: Path, other: Path, picture: Image.Image) -> None:
     assert results[0].ids.tolist() == results[1].ids.tolist()
 
 
+def interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
 # Append
 
 
@@ -85,6 +89,30 @@ def test_examples_without_ids_are_numbered_on(
     refined = opened.query(digits[2]["image"], label=digits[2]["label"], top_k=23, refine=23, max_draws=8)
     scores = dict(zip(refined.ids.tolist(), refined.scores, strict=True))
     assert scores[22] == pytest.approx(scores[2], rel=1e-5)  # the same picture, read again from both data sets
+
+
+@pytest.mark.parametrize("id_column", ["id", None])
+def test_a_repeated_append_adds_nothing(
+    tmp_path: Path,
+    dit_folder: Path,
+    digits: datasets.Dataset,
+    id_column: str | None,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    index, columns = tmp_path / "index", digits if id_column else digits.remove_columns("id")
+    featurize(dit_folder, columns.select(range(8)), index, id_column=id_column, **PLAIN)
+    with monkeypatch.context() as patch:  # the parts are there, the index is not
+        patch.setattr(maintenance, "build_index", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            append(index, columns.select(range(8, 20)), id_column=id_column)
+    append(index, columns.select(range(8, 20)), id_column=id_column)
+    before = (index / "manifest.json").read_bytes()
+    for rows in (range(8, 20), range(8)):
+        store = append(index, columns.select(rows), id_column=id_column)
+        assert "has the examples of in-memory dataset already; nothing is added" in caplog.messages.pop()
+        assert (index / "manifest.json").read_bytes() == before
+        assert len(store.ids) == len(Attributor.open(index).ids) == 20
 
 
 def test_a_stopped_append_goes_on(
@@ -175,6 +203,16 @@ def test_a_removed_example_is_as_if_it_had_never_been(
     with pytest.raises(ArgumentError, match="has no example 13; nothing was removed"):
         remove(whole, ids=[4, 13])
     assert 4 in store.ids
+
+
+def test_a_name_of_several_examples_removes_none(tmp_path: Path, dit_folder: Path, digits: datasets.Dataset) -> None:
+    index, plain = tmp_path / "index", digits.remove_columns("id")
+    featurize(dit_folder, plain.select(range(8)), index, **PLAIN)
+    append(index, plain.select(range(8, 11)))
+    with pytest.raises(ArgumentError, match="`keys` row 2 is the name of 2 examples, 2, 10; give their `ids`. Nothing"):
+        remove(index, ids=[0], keys=["row 2", "row 7"])
+    assert FeatureStore.open(index).ids.tolist() == list(range(11))
+    assert remove(index, ids=[10], keys=["row 7"]) == 2
 
 
 def test_a_removed_example_does_not_come_back(
@@ -339,6 +377,8 @@ def test_commands(tmp_path: Path, tiny_index: Path, digits_folder: Path, dit_fol
     index = tmp_path / "index"
     shutil.copytree(tiny_index, index)
     shutil.copytree(digits_folder, tmp_path / "more")
+    for picture in (tmp_path / "more").rglob("*.png"):
+        picture.rename(picture.with_stem(f"new-{picture.stem}"))
 
     def run(*arguments: object) -> str:
         result = CliRunner().invoke(main, list(map(str, arguments)))

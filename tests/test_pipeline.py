@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from carv_attrib import Attributor, featurize, load_teacher
+from carv_attrib.batches import check_columns
 from carv_attrib.config import FeaturizeConfig
 from carv_attrib.data import open_dataset, to_pixels
 from carv_attrib.data.sources import open_digits
@@ -381,6 +382,18 @@ def test_a_class_conditional_teacher_needs_labels(tmp_path: Path, dit_folder: Pa
     shutil.copytree(digits_folder / "0", tmp_path / "flat")
     with pytest.raises(DataError, match="needs class labels, but .* has none; name a `label_column`"):
         featurize(dit_folder, tmp_path / "flat", tmp_path / "index", **SETTINGS)
+
+
+def test_classes_that_are_not_as_many_as_the_teachers_are_told(
+    tmp_path: Path, dit_folder: Path, digits_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("1", "2"):
+        shutil.copytree(digits_folder / name, tmp_path / "two" / name)
+    teacher = load_teacher(dit_folder, device="cpu")
+    check_columns(teacher, open_dataset(digits_folder))
+    assert not caplog.messages
+    check_columns(teacher, open_dataset(tmp_path / "two"))
+    assert "has 2 classes and the teacher 3; they are numbered in the order of their names, from 1 = 0" in caplog.text
 
 
 def test_a_text_conditional_teacher_needs_captions(tmp_path: Path, sd_folder: Path, digits_folder: Path) -> None:

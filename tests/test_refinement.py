@@ -76,6 +76,9 @@ def test_refining_stops_at_the_error_that_was_asked_for(attributor: Attributor, 
     target = 1.5 * float(most.standard_errors.max())
     refined = attributor.query(picture, label=1, top_k=3, refine=6, target_se=target, max_draws=32)
     assert refined.standard_errors.max() <= target
+    assert refined.settings["target_se"] == target
+    assert (most.settings["draws_taken"], most.settings["max_draws"]) == (32, 32)
+    assert 4 < refined.settings["draws_taken"] < 32  # type: ignore[operator]
     assert refined.cost["network_evaluations"] < most.cost["network_evaluations"]
 
 
@@ -84,6 +87,12 @@ def test_only_candidates_are_refined(attributor: Attributor, picture: Path) -> N
     refined = attributor.query(picture, label=1, top_k=5, refine=5, max_draws=8)
     assert set(refined.ids) == set(plain.ids)
     assert len(attributor.query(picture, label=1, top_k=2, opponents=True, refine=3, max_draws=8).opponents) == 2
+
+
+def test_probabilities_need_more_candidates_than_are_shown(attributor: Attributor, picture: Path) -> None:
+    for refine, known in ((9, False), (10, True)):
+        found = attributor.query(picture, label=1, top_k=5, refine=refine, max_draws=8).proponents
+        assert {match.top_probability is not None for match in found} == {known}
 
 
 @pytest.mark.parametrize(
