@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -253,10 +253,14 @@ class Attributor:
             DataError: if an image cannot be read.
         """
         choice = self._resolve(score, kernel, damping)
-        if isinstance(images, str | Path | Image.Image) or len(images) == 0:
+        if isinstance(images, str) or not isinstance(images, Sized) or len(images) == 0:
             raise ArgumentError(f"`images` must be a list of at least one picture or path, got {images!r}.")
         for name, values in (("prompts", prompts), ("labels", labels)):
-            if values is not None and len(values) != len(images):
+            if values is None:
+                continue
+            if not isinstance(values, Sized):
+                raise ArgumentError(f"`{name}` must be a list, one for each image, got {values!r}.")
+            if len(values) != len(images):
                 raise ArgumentError(f"`{name}` must be as many as images (={len(images)}), got {len(values)}.")
         pictures = [_open(image)[0] for image in images]
         queries = [member.features(member.encode(pictures, labels, prompts)) for member in self.members]
@@ -346,6 +350,11 @@ def _open(image: ImageLike, argument: str = "image") -> tuple[Image.Image, str]:
     """Return a picture and its name."""
     if isinstance(image, Image.Image):
         return image, str(getattr(image, "filename", "") or argument)
+    if not isinstance(image, str | Path):
+        raise ArgumentError(
+            f"`{argument}` must be a PIL picture or its path, got a {type(image).__name__}; `PIL.Image.fromarray` makes "
+            "one of an array."
+        )
     return open_image(image, argument=argument), Path(image).name
 
 

@@ -375,7 +375,11 @@ def read_index_settings(store: FeatureStore, *, read_all: bool = False) -> Index
         StoreCorruptError: if it is damaged.
     """
     path = store.path / "index.json"
-    way_out = f"run `carv-attrib index {store.path}`" if store.is_complete else "run featurize again to the end"
+    way_out = (
+        f"run `carv-attrib index {store.path}`"
+        if store.is_complete
+        else "run featurize to the end, or merge all shards"
+    )
     if not path.is_file():
         raise StoreError(f"{store.path} has no index yet; {way_out}.")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -26,6 +27,10 @@ from carv_attrib.memory import call_budget, largest_that_fits, measure_call
 from carv_attrib.seeding import choose_positions, stream_key
 from carv_attrib.store import FeatureStore
 from carv_attrib.teacher import Teacher, placement
+
+LARGE_PROJ_DIM = 8192
+"""Dimensions beyond which the kernel takes minutes and gigabytes."""
+_log = logging.getLogger(__name__)
 
 
 def open_or_create(
@@ -55,6 +60,14 @@ def open_or_create(
     micro_batch = choose_micro_batch(teacher, config)
     profile = run_pilot(teacher, examples, config, micro_batch) if needs_pilot(config) else None
     estimator = build_estimator(teacher, config, micro_batch, profile)
+    if (dims := estimator.projector.proj_dim) > LARGE_PROJ_DIM:
+        _log.warning(
+            "`proj_dim` is %d: the kernel will take three eigendecompositions of that size, each %d times as long as "
+            "at 2,048, and %.0f GB; fewer take less.",
+            dims,
+            (dims / 2048) ** 3,
+            5 * 8 * dims**2 / 1e9,
+        )
     manifest = {
         **identity,
         "teacher": {**identity["teacher"], "source": teacher.source, "condition": teacher.condition_kind},

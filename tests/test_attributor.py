@@ -196,8 +196,23 @@ def test_as_many_labels_as_images_are_needed(attributor: Attributor, pictures: l
         attributor.scores([pictures[0][0], pictures[1][0]], labels=[0])
 
 
-def test_images_must_be_a_list(attributor: Attributor) -> None:
-    for images in ([], "a.png"):
+@pytest.mark.usefixtures("as_users_run_it")
+def test_what_is_no_picture_or_list_is_one_line(
+    attributor: Attributor, pictures: list[tuple[Image.Image, int]]
+) -> None:
+    array: Any = np.asarray(pictures[0][0])
+    with pytest.raises(ArgumentError, match="`image` must be a PIL picture or its path, got a ndarray; `PIL.Image.fr"):
+        attributor.query(array, label=0)
+    with pytest.raises(ArgumentError, match="`mask` must be a PIL picture or its path, got a ndarray"):
+        attributor.query(pictures[0][0], label=0, mask=array)
+    with pytest.raises(ArgumentError, match="`labels` must be a list, one for each image, got 3"):
+        attributor.scores([pictures[0][0]], labels=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_images_must_be_a_list(attributor: Attributor, pictures: list[tuple[Image.Image, int]]) -> None:
+    some: list[Any] = [[], "a.png", pictures[0][0], (picture for picture, _ in pictures)]
+    for images in some:
         with pytest.raises(ArgumentError, match="`images` must be a list of at least one picture or path, got"):
             attributor.scores(images)
 

@@ -279,7 +279,7 @@ def test_a_search_index_that_faiss_cannot_use_is_refused(store: FeatureStore) ->
 def test_an_index_of_other_examples_is_refused(store: FeatureStore) -> None:
     FeatureIndex.write(store, fit_kernel(store), score="dot", damping=0.2).finish(store.path)
     store.features_path(2).unlink()
-    with pytest.raises(StoreError, match="is of other features; run featurize again to the end"):
+    with pytest.raises(StoreError, match="is of other features; run featurize to the end, or merge all shards"):
         read_index_settings(FeatureStore.open(store.path))
 
 

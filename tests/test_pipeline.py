@@ -396,6 +396,21 @@ def test_classes_that_are_not_as_many_as_the_teachers_are_told(
     assert "has 2 classes and the teacher 3; they are numbered in the order of their names, from 1 = 0" in caplog.text
 
 
+def test_many_dimensions_are_told_before_anything_is_computed(
+    tmp_path: Path,
+    dit_folder: Path,
+    digits_folder: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("carv_attrib.manifest.LARGE_PROJ_DIM", SETTINGS["proj_dim"] - 1)
+    monkeypatch.setattr(
+        "carv_attrib.pipeline.write_parts", lambda *_: pytest.fail("computed") if not caplog.text else None
+    )
+    featurize(dit_folder, digits_folder, tmp_path / "index", **SETTINGS)
+    assert f"`proj_dim` is {SETTINGS['proj_dim']}: the kernel will take three eigendecompositions" in caplog.text
+
+
 def test_a_text_conditional_teacher_needs_captions(tmp_path: Path, sd_folder: Path, digits_folder: Path) -> None:
     with pytest.raises(DataError, match="needs captions, but .* has none; name a `caption_column`"):
         featurize(sd_folder, digits_folder, tmp_path / "index", **SETTINGS)
