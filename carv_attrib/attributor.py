@@ -352,8 +352,8 @@ def _open(image: ImageLike, argument: str = "image") -> tuple[Image.Image, str]:
         return image, str(getattr(image, "filename", "") or argument)
     if not isinstance(image, str | Path):
         raise ArgumentError(
-            f"`{argument}` must be a PIL picture or its path, got a {type(image).__name__}; `PIL.Image.fromarray` makes "
-            "one of an array."
+            f"`{argument}` must be a PIL picture or its path, got a {type(image).__name__}; `PIL.Image.fromarray` "
+            "makes one of an array."
         )
     return open_image(image, argument=argument), Path(image).name
 
