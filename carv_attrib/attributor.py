@@ -166,9 +166,9 @@ class Attributor:
         found = []
         for member, own, query in zip(members, asked, queries, strict=True):
             if refinement:
-                refined, rounds, more = member.refined_scores(own, query, positions, choice, window, refinement)
+                refined, draws, more = member.refined_scores(own, query, positions, choice, window, refinement)
                 found.append(refined)
-                draws_taken = max(draws_taken, (1 + rounds) * member.estimator.config.num_draws)
+                draws_taken = max(draws_taken, draws)
                 evaluations += more
             else:
                 found.append(member.candidate_scores(query, positions, choice, window))

@@ -235,7 +235,9 @@ class Scorer:
         window: slice,
         refinement: Refinement,
     ) -> tuple[BandScores, int, int]:
-        """Return scores with more draws of a query and of candidates, the rounds and the network evaluations they took.
+        """Return scores with more draws of a query and of candidates, how many each then has, and what they cost.
+
+        The cost is in network evaluations.
 
         The draws are the same for the query, the candidates and the references, of whose draws the kernel is made too.
         """
@@ -263,7 +265,7 @@ class Scorer:
             found = self.score(query[:, window], train[:, window], choice, kernel)
             if refinement.is_enough(found):
                 break
-        return found, number + 1, evaluations
+        return found, (2 + number) * estimator.config.num_draws, evaluations
 
     def _index(self, choice: Choice) -> FeatureIndex:
         """Return the stored index if it serves, else one built in memory for this score."""

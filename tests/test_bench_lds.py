@@ -144,9 +144,9 @@ def test_another_projection_changes_nothing_else(
     settings = {"num_draws": 4, "num_bands": 4, "rank": 4, "proj_dim": 64}
     estimator = build_estimator(teacher, FeaturizeConfig.from_flat(settings), 8, PROFILE)
     monkeypatch.setattr(bench_lds, "restore_estimator", lambda *_: estimator)
-    inputs = SimpleNamespace(teacher=teacher, encoded=encoded, ids=IDS, num_train=NUM_TRAIN)
+    inputs: Any = SimpleNamespace(teacher=teacher, encoded=encoded, ids=IDS, num_train=NUM_TRAIN)
     same, other = (
-        bench_lds.OtherProjection(4, seed).scores_of(inputs, {"config": settings})["0.1"]  # type: ignore[arg-type]
+        bench_lds.OtherProjection(4, seed).scores_of(inputs, {"config": settings})["0.1"]
         for seed in (estimator.config.seed, estimator.config.seed + 1)
     )
     draws = estimator.draws(IDS)

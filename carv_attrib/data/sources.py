@@ -98,9 +98,8 @@ def _open_splits(source: str | Path | datasets.Dataset) -> tuple[dict[str, datas
         raise ArgumentError(f"`dataset` must be a path, a name or a `datasets.Dataset`, got {got}; {_SOURCES}.")
     if source == "digits":
         return {"train": open_digits()}, "digits", None
-    path, name = Path(source).absolute(), printable(str(source))
-    if path.exists():
-        name = printable(str(path))  # a relative path is of no use later
+    path = Path(source).absolute()
+    name = printable(str(path if path.exists() else source))  # a relative path is of no use later
     if path.is_dir():
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             return _named_splits(_load(datasets.load_from_disk, str(path), name=name)), name, None
