@@ -21,10 +21,10 @@ docs: $(READY)
 	$(BIN)/sphinx-build --quiet -W --keep-going -b html docs docs/_build/html
 
 test: check docs
-	$(BIN)/pytest --cov --cov-report=term-missing:skip-covered
+	$(BIN)/pytest -n 2 --cov --cov-report=term-missing:skip-covered
 
 test-slow: $(READY)
-	$(BIN)/pytest -m "slow or not slow"
+	$(BIN)/pytest -n 2 -m "slow or not slow"
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -285,6 +285,24 @@ SETTINGS = {
 """Settings for tiny indexes: 3 parts of at most 8 examples."""
 
 
+FEW_REPLICATES = {
+    "REPLICATES": 3,
+    "UPSTREAM_REPLICATES": 2,
+    "UPSTREAM_ENCODINGS": 2,
+    "MANY_DRAWS": 8,
+    "SHARE_DRAWS": 8,
+    "TIMED_READS": 4,
+}
+"""For pilots that take seconds."""
+
+
+@pytest.fixture
+def few_replicates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let pilots take seconds."""
+    for name, count in FEW_REPLICATES.items():
+        monkeypatch.setattr(f"carv_attrib.planning.pilot.{name}", count)
+
+
 @pytest.fixture(scope="session")
 def tiny_index(tmp_path_factory: pytest.TempPathFactory, dit_folder: Path, digits_folder: Path) -> Path:
     """Return a complete index of the digits folder by the tiny DiT; tests must not change it."""

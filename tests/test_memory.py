@@ -423,6 +423,7 @@ def test_channels_last_differs_by_rounding_and_is_undone(teacher_of: Callable[[s
     torch.testing.assert_close(estimator.features(encoded, draws), features, rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("few_replicates")
 def test_featurize_and_plan_use_the_settings_and_undo_them(
     tmp_path: Path, dit_folder: Path, digits_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

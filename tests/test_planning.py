@@ -35,29 +35,13 @@ from carv_attrib.planning.forecast import (
 from carv_attrib.planning.report import format_bytes, format_seconds, save_plot
 from carv_attrib.store import FeatureStore
 from carv_attrib.variance import Measured
-from tests.conftest import SETTINGS, FlatLinear, TinyTeacher
+from tests.conftest import FEW_REPLICATES, SETTINGS, FlatLinear, TinyTeacher
 
 FREE = {name: value for name, value in SETTINGS.items() if name != "num_draws"} | {"micro_batch": 80}
-FEW = {
-    "REPLICATES": 3,
-    "UPSTREAM_REPLICATES": 2,
-    "UPSTREAM_ENCODINGS": 2,
-    "MANY_DRAWS": 8,
-    "SHARE_DRAWS": 8,
-    "TIMED_READS": 4,
-}
-
-
-@pytest.fixture
-def few_replicates(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, count in FEW.items():
-        monkeypatch.setattr(pilot, name, count)
-
-
 @pytest.fixture(scope="module")
 def made(dit_folder: Path, digits_folder: Path) -> Plan:
     with pytest.MonkeyPatch.context() as patch:
-        for name, count in FEW.items():
+        for name, count in FEW_REPLICATES.items():
             patch.setattr(pilot, name, count)
         return plan(dit_folder, digits_folder, budget="1m", **FREE)
 
@@ -178,8 +162,9 @@ def test_a_target_is_reached_in_the_least_time() -> None:
     assert found.best(candidate(), None, 100.0) is None
 
 
-def test_random_encodings_share_the_budget_at_the_optimal_ratio() -> None:
+def test_random_encodings_share_the_budget_at_the_optimal_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
     """K* = sqrt(c_up V_draw / (c_draw V_up)) = 12."""
+    monkeypatch.setattr("carv_attrib.planning.MOST_DRAWS", 256)  # all are tried
     found = planner({"augmentation": "flip", "num_bands": 1, "micro_batch": 1}, {"draw": 1e-3, "encode_row": 9e-3})
     flipped = candidate(upstream=1.0, first=16.0)
     assert found.best_num_draws(flipped) == 12
