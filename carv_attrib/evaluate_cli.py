@@ -138,8 +138,9 @@ def counterfactual(results: Path, against: str | None, as_json: bool, plot: Path
 
     found = Counterfactuals.load(results)
     figures = compare(found, against)
-    full, seeds = found.full_losses[found.whole.any(0)].mean(), len(found.full_losses[0])
-    title = f"rise of the loss from {full:.4g}, mean ± standard error, seeds: {seeds}"
+    full, seeds = found.full_losses[found.whole.any(0)].mean(), found.whole.sum(2)[found.whole.any(2)]
+    num_seeds = f"{seeds.max()}" if (seeds == seeds[0]).all() else f"{seeds.min()} to {seeds.max()} a query"
+    title = f"rise of the loss from {full:.4g}, mean ± standard error, seeds: {num_seeds}"
     _show(figures, as_json, "removed", title, significant_digits)
     rises = {group: {name: row[name] for name in found.methods} for group, row in figures.items()}
     _draw(rises, plot, "removed", "rise of the loss")

@@ -74,21 +74,28 @@ class Kernel:
 
     def refined(
         self,
-        old: Float64[Tensor, "examples vectors d"],
-        new: Float64[Tensor, "examples vectors d"],
-        references: Float64[Tensor, "references vectors d"],
+        old: Float[Tensor, "examples bands replicates d"],
+        new: Float[Tensor, "examples bands replicates d"],
+        num_candidates: int,
     ) -> Kernel:
         """Return the kernel for scores of new draws, with which a few examples have new vectors (eq. (11)).
 
-        The new vectors take the place of the old. All other examples count as they did, half by what is known of them,
-        half by the new draws of some of them, the references. `auto` stays what it was.
+        The new vectors of the candidates take the place of the old. All other examples count half as they did, scaled
+        to the noise that is left, and half by the new draws of some of them, the references. `auto` stays what it was.
+
+        Args:
+            old: vectors in this kernel of the candidates, and after them of the references.
+            new: those of the new draws.
+            num_candidates: how many of the examples are candidates.
         """
-        known = (self.eigenvectors * self.eigenvalues) @ self.eigenvectors.T
-        others = known * self.num_vectors - _gram(old)
+        old, new = (vectors.double().flatten(1, 2) for vectors in (old, new))
+        candidates, references = new[:num_candidates], new[num_candidates:]
+        known = (self.eigenvectors * self.eigenvalues) @ self.eigenvectors.T * self.num_vectors
+        others = (known - _gram(old[:num_candidates])) * (new.square().sum() / old.square().sum())
         if len(references):
-            share = (self.num_vectors - old.shape[0] * old.shape[1]) / (references.shape[0] * references.shape[1])
+            share = (self.num_vectors - num_candidates * old.shape[1]) / (len(references) * old.shape[1])
             others = (others + share * _gram(references)) / 2
-        return decompose(_gram(new) + others, self.num_vectors, self.kind, self.auto_damping)
+        return decompose(_gram(candidates) + others, self.num_vectors, self.kind, self.auto_damping)
 
     def damping(self, damping: Damping) -> float:
         """Return lambda, relative to the mean eigenvalue: the given number, or what was chosen for `auto`.

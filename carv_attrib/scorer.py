@@ -259,9 +259,10 @@ class Scorer:
             if not refinement.target_se and number < rounds - 1:
                 continue
             if preconditioned:
-                new = torch.unflatten(train, 2, (-1, old.shape[2])).mean(2)  # over rounds
-                drawn = torch.stack([self._references[n] for n in range(-1, number + 1)]).mean(0)[others]
-                kernel = self.kernel(choice.kernel).refined(*(x.double().flatten(1, 2) for x in (old, new, drawn)))
+                drawn = torch.stack([self._references[n] for n in range(-1, number + 1)])[:, others]
+                own = torch.unflatten(train, 2, (-1, old.shape[2])).mean(2)  # over rounds
+                before, after = torch.cat([old, drawn[0]]), torch.cat([own, drawn.mean(0)])
+                kernel = self.kernel(choice.kernel).refined(before, after, num_candidates=len(ids))
             found = self.score(query[:, window], train[:, window], choice, kernel)
             if refinement.is_enough(found):
                 break

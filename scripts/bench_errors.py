@@ -1,7 +1,7 @@
 """Do the errors say how wrong scores are? Coverage of intervals, reliability of top-10 probabilities, and refining.
 
 Command:  python scripts/bench_errors.py --teacher demo     (then --teacher demo-pixels; --part refine for the last)
-Hardware: 2 CPU cores; about 10 minutes a teacher, and 25 for refining
+Hardware: 2 CPU cores; about 10 minutes a teacher, and 40 for refining
 Writes:   docs/benchmarks/errors.json, docs/images/reliability.png; a killed run goes on
 
 Indexes of 600 digits are made again and again with other draws, all else alike, and queried with 40 other digits. The
@@ -12,7 +12,9 @@ chose by its own noise too. Probabilities of the top 10 are compared with who is
 Standard errors are over runs.
 
 Refining: the top 10 of an index with 8 draws, of the same after `refine=50` to 64 draws, and of one with 64 draws,
-against one with 256 other draws; overlap of the top 10, with standard errors over queries.
+against one with 256 other draws; overlap of the top 10, with standard errors over queries. Refined scores of the 50
+are also compared with those of the index with 64 draws: the ratio of their sums, and how often intervals of refined
+scores, widened by the other's, hold them.
 """
 
 from __future__ import annotations
@@ -137,26 +139,34 @@ def measure(name: str, results: Results) -> None:
 
 
 def refine(name: str, results: Results) -> None:
-    """Measure what refining 50 candidates does to the top 10."""
+    """Measure what refining 50 candidates does to the top 10, and to scores and their intervals."""
     if (key := f"refine/{name}") in results:
         return
     teacher = load_teacher(name, device="cpu")
     pictures, labels = queries(teacher)
     reference = make_index(name, teacher, num_draws=256, seed=5000).scores(pictures, labels=labels)
-    full = make_index(name, teacher, num_draws=64, seed=6000).scores(pictures, labels=labels)
+    full = make_index(name, teacher, num_draws=64, seed=6000).band_scores(pictures, labels=labels)
+    full_scores, full_widths = full.scores.numpy(), full.half_widths.numpy()
     index = make_index(name, teacher, num_draws=8, seed=7000)
-    refined, evaluations = np.full_like(full, -np.inf), []
+    refined, scales, held, evaluations = np.full_like(full_scores, -np.inf), [], [], []
     for row, picture in enumerate(pictures):
         result = index.query(picture, label=labels[row] if labels else None, refine=50, top_k=50)
         refined[row, result.ids] = result.scores
+        expected, width = full_scores[row, result.ids], full_widths[row, result.ids]
+        scales.append(result.scores.sum() / expected.sum())
+        reach = np.hypot([(match.high - match.low) / 2 for match in result.proponents], width)
+        held.append((np.abs(result.scores - expected) <= reach).mean())
         evaluations.append(int(result.cost["network_evaluations"]))
-    found = {"8 draws": index.scores(pictures, labels=labels), "8 draws, 50 refined to 64": refined, "64 draws": full}
+    found = {"8 draws": index.scores(pictures, labels=labels), "8 draws, 50 refined to 64": refined}
+    found |= {"64 draws": full_scores}
     overlaps = {label: top_k_overlap(scores, reference, TOP_K) for label, scores in found.items()}
     results.add(
         key,
         {
             "overlap_with_256_draws": {label: mean_and_error(values) for label, values in overlaps.items()},
             "refined_less_full": mean_and_error(overlaps["8 draws, 50 refined to 64"] - overlaps["64 draws"]),
+            "refined_over_full": mean_and_error(np.array(scales)),
+            "intervals_of_refined_hold_full": mean_and_error(np.array(held)),
             "evaluations_first_query": evaluations[0],
             "evaluations_later_query": float(np.mean(evaluations[1:])),
             "evaluations_64_draws_of_all": 64 * NUM_TRAIN,
@@ -191,7 +201,7 @@ def print_tables(results: Results) -> None:
         table = Table(name, f"overlap of the top {TOP_K} with 256 draws")
         for label, pair in cell["overlap_with_256_draws"].items():
             table.add_row(label, "{:.3f} ± {:.3f}".format(*pair))
-        Console().print(table, {k: v for k, v in cell.items() if k.startswith("eval")})
+        Console().print(table, {k: v for k, v in cell.items() if not k.startswith("overlap")})
 
 
 @click.command()

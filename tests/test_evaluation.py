@@ -376,14 +376,19 @@ def test_methods_are_compared_with_the_one_that_is_named(save_results: Callable[
         counterfactual(results, "theirs")
 
 
-def test_queries_that_lack_a_model_are_left_out_of_a_fraction(save_results: Callable[..., Path]) -> None:
+def test_a_query_counts_with_the_seeds_that_have_all_models(save_results: Callable[..., Path]) -> None:
     with np.load(save_results()) as file:
         losses, full = file["losses"], file["full_losses"]
-    losses[0, 1, 4, 1] = full[3, 0] = np.nan
-    found = counterfactual(Counterfactuals.load(save_results(losses=losses, full_losses=full)))
+    losses[0, 1, 4, 1] = np.nan  # a seed of query 4
+    losses[1, 1, 4, 0] += 4
+    full[3, 0] = full[2, 0] = full[2, 1] = np.nan  # a seed of query 3, all of query 2
+    path = save_results(losses=losses, full_losses=full)
+    found = counterfactual(Counterfactuals.load(path))
     assert {name: row["ours"].value for name, row in found.items()} == pytest.approx(
-        {"1 %, 4 queries": (2 + 3 + 4 + 6) / 4, "7 %, 3 queries": 2 * 3}
+        {"1 %, 4 queries": (2 + 3 + 5 + 6) / 4, "7 %, 4 queries": 2 * (2 + 3 + 5 + 6) / 4}
     )
+    assert found["7 %, 4 queries"]["random"].value == pytest.approx((2 + 2 + 2 + 6) / 4)  # not the seed without ours
+    assert "seeds: 1 to 2 a query" in " ".join(run("counterfactual", path).output.split())
     losses[:, 1, 1:] = np.nan
     assert list(counterfactual(Counterfactuals.load(save_results(losses=losses)))) == ["1 %, 5 queries"]
     losses[:, :, 1:] = np.nan

@@ -313,11 +313,13 @@ def test_automatic_damping_is_that_of_equation_9_prime(store: FeatureStore, draw
 
 
 def test_a_refined_kernel_has_new_vectors_in_place_of_the_old(store: FeatureStore) -> None:
+    """Where all references are candidates, the others count as they did, scaled to what is left of the noise."""
     kernel = fit_kernel(store)
-    features = store.read_features(range(len(store.ids))).double().flatten(1, 2)
-    new = torch.randn(6, *features.shape[1:], generator=torch.Generator().manual_seed(1)).double()
-    refined = kernel.refined(features[:6], new, new[:0])  # all references are candidates
-    flat = torch.cat([new, features[6:]]).flatten(0, 1)
+    features = store.read_features(range(len(store.ids))).double()
+    new = 0.3 * torch.randn(6, *features.shape[1:], generator=torch.Generator().manual_seed(1)).double()
+    refined = kernel.refined(features[:6], new, num_candidates=6)
+    scale = new.norm() / features[:6].norm()
+    flat = torch.cat([new, scale * features[6:]]).flatten(0, 2)
     found = refined.eigenvectors @ refined.eigenvalues.diag() @ refined.eigenvectors.T
     torch.testing.assert_close(found, flat.T @ flat / len(flat))
     assert (refined.num_vectors, refined.auto_damping) == (kernel.num_vectors, kernel.auto_damping)

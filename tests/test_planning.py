@@ -38,6 +38,8 @@ from carv_attrib.variance import Measured
 from tests.conftest import FEW_REPLICATES, SETTINGS, FlatLinear, TinyTeacher
 
 FREE = {name: value for name, value in SETTINGS.items() if name != "num_draws"} | {"micro_batch": 80}
+
+
 @pytest.fixture(scope="module")
 def made(dit_folder: Path, digits_folder: Path) -> Plan:
     with pytest.MonkeyPatch.context() as patch:

@@ -30,7 +30,7 @@ def picture(digits_folder: Path) -> Path:
 
 
 def test_refined_scores_are_those_of_all_draws_together(attributor: Attributor, picture: Path) -> None:
-    """Equation (11) by hand: means over replicates of all rounds, and an H of the new draws and of the index."""
+    """Equation (11) by hand: means over replicates of all rounds, and an H of the new draws and of the index's."""
     refined = attributor.query(picture, label=1, top_k=10, refine=10, max_draws=12, damping=0.5)
     estimator, store = attributor.estimator, attributor.store
     scorer = attributor.members[0]
@@ -50,8 +50,9 @@ def test_refined_scores_are_those_of_all_draws_together(attributor: Attributor, 
         flat = vectors.flatten(0, 2)
         return flat.T @ flat / len(flat)
 
-    share = len(others) / len(store.ids)
-    hessian = (1 - share) * moment(new[candidates]) + share * (moment(old[others]) + moment(new[references])) / 2
+    share, drawn = len(others) / len(store.ids), candidates + references
+    known = moment(old[others]) * (new[drawn].square().sum() / old[drawn].square().sum())
+    hessian = (1 - share) * moment(new[candidates]) + share * (known + moment(new[references])) / 2
     damped = hessian + 0.5 * torch.trace(hessian) / len(hessian) * torch.eye(len(hessian)).double()
     expected = torch.stack([q[0, b] @ torch.linalg.solve(damped, t[candidates, b].T) for b in range(2)]).mean(0)
     np.testing.assert_allclose(refined.scores, expected, rtol=1e-4, atol=1e-6)

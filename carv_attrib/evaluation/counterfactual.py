@@ -42,9 +42,9 @@ class Counterfactuals:
     full_losses: Float[np.ndarray, "queries seeds"]
 
     @cached_property
-    def whole(self) -> Bool[np.ndarray, "fractions queries"]:
-        """Whether a query has the models of all methods and seeds."""
-        whole: Bool[np.ndarray, "fractions queries"] = ~np.isnan(self.losses + self.full_losses).any((0, 3))
+    def whole(self) -> Bool[np.ndarray, "fractions queries seeds"]:
+        """Whether a query has the models of all methods, of each seed."""
+        whole: Bool[np.ndarray, "fractions queries seeds"] = ~np.isnan(self.losses + self.full_losses).any(0)
         return whole
 
     @staticmethod
@@ -59,10 +59,10 @@ class Counterfactuals:
         if np.isinf(losses).any() or np.isinf(full_losses).any():
             raise DataError(f"`results` {path} must have finite losses, NaN for no model; train those again.")
         found = Counterfactuals(arrays["methods"].tolist(), arrays["fractions"].tolist(), losses, full_losses)
-        num_queries = max(found.whole.sum(1), default=0) if losses.size else 0
+        num_queries = max(found.whole.any(2).sum(1), default=0) if losses.size else 0
         if num_queries < 2:
             raise DataError(
-                f"`results` {path} must have at least 2 queries with the models of all methods and seeds, "
+                f"`results` {path} must have at least 2 queries with the models of all methods, "
                 f"has {num_queries}; train more."
             )
         return found
@@ -71,11 +71,11 @@ class Counterfactuals:
 def counterfactual(results: Counterfactuals, against: str | None = None) -> Measures:
     """Return the mean rise of the loss by each method, and what others rise more than one of them, at each fraction.
 
-    Fractions are in increasing order. Queries that lack a model of a fraction are left out of it, and fractions with
-    fewer than two queries altogether. The rise of a query is the mean over seeds of its loss after removal, less that
-    of models trained on everything. Standard errors are from a bootstrap over queries; those of differences are paired.
-    What all queries share by the luck of the models that were trained on everything is not in them; differences do not
-    contain it.
+    Fractions are in increasing order. The rise of a query is the mean over seeds of its loss after removal, less that
+    of models trained on everything, over the seeds of which it has the models of all methods. Queries without such a
+    seed are left out of a fraction, and fractions with fewer than two queries altogether. Standard errors are from a
+    bootstrap over queries; those of differences are paired. What all queries share by the luck of the models that were
+    trained on everything is not in them; differences do not contain it.
 
     Args:
         results: the losses.
@@ -90,12 +90,13 @@ def counterfactual(results: Counterfactuals, against: str | None = None) -> Meas
     others = [name for name in results.methods if name != reference]
     table: Measures = {}
     for row in np.argsort(results.fractions):
-        fraction, losses, whole = results.fractions[row], results.losses[:, row], results.whole[row]
-        if whole.sum() < 2:
+        fraction, whole = results.fractions[row], results.whole[row]
+        asked = whole.any(1)
+        if asked.sum() < 2:
             continue
-        rises = (losses[:, whole] - results.full_losses[whole]).mean(2)
+        rises = (results.losses[:, row] - results.full_losses)[:, asked].mean(2, where=whole[asked])
         resampled = resampled_means(dict(zip(results.methods, rises, strict=True)))
         differences = {f"{name} less {reference}": resampled[name] - resampled[reference] for name in others}
         found = {name: measured(values) for name, values in (resampled | differences).items()}
-        table[f"{100 * fraction:g} %, {whole.sum()} queries"] = found
+        table[f"{100 * fraction:g} %, {asked.sum()} queries"] = found
     return table
