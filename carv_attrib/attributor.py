@@ -22,7 +22,7 @@ from carv_attrib.groups import read_groups
 from carv_attrib.index import NUM_CANDIDATES
 from carv_attrib.kernel import Damping, KernelKind, ScoreKind
 from carv_attrib.records import label_name
-from carv_attrib.refinement import DatasetLike, Refinement
+from carv_attrib.refinement import MAX_DRAWS, DatasetLike, Refinement
 from carv_attrib.report import Match, QueryResult
 from carv_attrib.scorer import Choice, Scorer
 from carv_attrib.scores import BandScores, join, mean
@@ -106,7 +106,7 @@ class Attributor:
         group_by: str | None = None,
         refine: int | None = None,
         target_se: float | None = None,
-        max_draws: int = 64,
+        max_draws: int | None = None,
         mask: ImageLike | None = None,
         score: ScoreKind | None = None,
         kernel: KernelKind | None = None,
@@ -126,7 +126,7 @@ class Attributor:
             refine: take more draws of so many of the first examples (and of the query), and rank them again. Of fewer
                 than twice `top_k`, probabilities of the top k are not known.
             target_se: stop refining when the standard errors of all that are returned are at most this.
-            max_draws: stop refining at so many draws of an example, those of the index among them.
+            max_draws: stop refining at so many draws of an example, those of the index among them; None: 64.
             mask: a grey picture or its path, white where the image is asked about: which examples made that part. It
                 is fitted to the teacher as the image is.
             score: preconditioned (default), dot, cosine or preconditioned-cosine; None: what the index was built for.
@@ -140,11 +140,13 @@ class Attributor:
         started = time.perf_counter()
         check_at_least("top_k", top_k, 1)
         choice = self._resolve(score, kernel, damping)
-        refinement = None if refine is None else Refinement(refine, target_se, max_draws, top_k)
-        if refinement:
+        refinement = None
+        if refine is not None:
+            refinement = Refinement(refine, target_se, MAX_DRAWS if max_draws is None else max_draws, top_k)
             refinement.check(choice.kernel, self.store.manifest)
-        elif target_se is not None:
-            raise ArgumentError("`target_se` is where refining stops; give `refine` too: how many examples to refine.")
+        for name, value in (("target_se", target_se), ("max_draws", max_draws)):
+            if refine is None and value is not None:
+                raise ArgumentError(f"`{name}` is where refining stops; give `refine` too: how many to refine.")
         groups = read_groups(self.store, group_by, lambda: self.members[0].examples) if group_by else None
         picture, name = _open(image)
         mask_picture, mask_name = (None, "") if mask is None else _open(mask, "mask")
@@ -180,7 +182,7 @@ class Attributor:
             first, last = members[0].band_edges[[window.start, window.stop]]
             settings["timesteps"] = f"{first:g}:{last:g}"
         if refinement:
-            settings |= {"refine": refine, "max_draws": max_draws, "draws_taken": draws_taken}
+            settings |= {"refine": refine, "max_draws": refinement.max_draws, "draws_taken": draws_taken}
             settings |= {} if target_se is None else {"target_se": target_se}
         return QueryResult(
             query=name,

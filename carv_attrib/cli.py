@@ -284,9 +284,7 @@ def export(index: Path, format: Any, output: Path) -> None:
 @click.option("--group-by", help="Also add up scores by label, caption, folder, or a column of the data set.")
 @click.option("--refine", type=int, help="Take more draws of so many of the first examples, and rank them again.")
 @click.option("--target-se", type=float, help="Stop refining when the standard errors shown are at most this.")
-@click.option(
-    "--max-draws", type=int, default=64, show_default=True, help="Draws of an example, at most; for --refine."
-)
+@click.option("--max-draws", type=int, help="Draws of an example, at most; for --refine. [default: 64]")
 @click.option(
     "--mask",
     type=click.Path(path_type=Path),

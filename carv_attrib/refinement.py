@@ -29,6 +29,8 @@ DatasetLike: TypeAlias = "str | Path | datasets.Dataset"
 
 NUM_REFERENCES = 100
 """Examples whose fresh draws feed the kernel of a refined score, besides those of the candidates."""
+MAX_DRAWS = 64
+"""Draws of an example, if no other number is given."""
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class Queries:
     """Pictures that are asked about, after the expensive upstream work.
 
     Attributes:
-        pixels: in [-1, 1].
+        pixels: in [-1, 1]; what a mask leaves out is faded, to be shown.
         ids: negative ids, unlike any example's.
         encoded: latents and conditions.
     """
@@ -135,13 +135,15 @@ class Scorer:
         ids = [_query_id(row) for row in pixels]
         encoded = self.estimator.encode(pixels, labels, prompts, ids)
         if mask is not None:
-            weights = self.estimator.mask(to_pixels(mask, replace(spec, channels=1))[None], ids)
+            mask_pixels = to_pixels(mask, replace(spec, channels=1))
+            weights = self.estimator.mask(mask_pixels[None], ids)
             if not weights.sum((2, 3)).all():
                 raise ArgumentError(
                     "`mask` must be white where the image is asked about, it is all black in the part of it that the "
                     "teacher sees; paint that part white."
                 )
             encoded = replace(encoded, mask=weights)
+            pixels = pixels * (0.6 + 0.4 * mask_pixels)
         return Queries(pixels, ids, encoded)
 
     def features(self, queries: Queries) -> Float[Tensor, "queries bands replicates proj_dim"]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import shutil
 import subprocess
 import sys
@@ -494,6 +495,19 @@ def test_a_result_names_its_mask(
     assert attributor.query(pictures[0][0], label=0, mask=tmp_path / "left.png").settings["mask"] == "left.png"
     assert attributor.query(pictures[0][0], label=0, mask=half((8, 8), "left")).settings["mask"] == "mask"
     assert "mask" not in attributor.query(pictures[0][0], label=0).settings
+
+
+def test_a_result_shows_what_its_mask_leaves_out_faded(
+    attributor: Attributor, pictures: list[tuple[Image.Image, int]]
+) -> None:
+    whole, left = (
+        Image.open(io.BytesIO(attributor.query(pictures[0][0], label=0, mask=mask).thumbnail))
+        for mask in (None, half((8, 8), "left"))
+    )
+    columns = whole.width // 2
+    seen, shown = (np.asarray(x, float) - 127.5 for x in (whole, left))
+    np.testing.assert_array_equal(shown[:, :columns], seen[:, :columns])
+    np.testing.assert_allclose(shown[:, columns:], 0.2 * seen[:, columns:], atol=1)
 
 
 def test_a_mask_that_says_nothing_is_one_line(

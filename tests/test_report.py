@@ -74,6 +74,10 @@ def hostile() -> QueryResult:
     )
 
 
+def spread(**fields: object) -> QueryResult:
+    return result(proponents=(match(top_probability=0.5), match(9, 0.25, 0.2, top_probability=0.7)), **fields)
+
+
 def terminal_text(answer: QueryResult, width: int = 200) -> str:
     console = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
     console.print(result_table(answer))
@@ -108,6 +112,24 @@ def test_arrays_are_those_of_the_proponents() -> None:
     assert answer.ids.tolist() == [7, 9]
     np.testing.assert_array_equal(answer.scores, np.array([0.8416, 0.25]))
     np.testing.assert_array_equal(answer.standard_errors, np.array([0.0512, np.nan]))
+
+
+@pytest.mark.parametrize(
+    ("answer", "warning"),
+    [
+        (result(settings={"target_se": 0.0512}), ""),
+        (
+            spread(),
+            "The noise draws do not settle the ranking: of these 2, 1.2 are expected to be among the true first",
+        ),
+        (result(settings={"target_se": 0.05}), "A standard error is 0.0512, above the 0.05 that was aimed at; allow"),
+        (spread(settings={"target_se": 0.1}), "featurize with more. A standard error is 0.2, above the 0.1 that was"),
+    ],
+)
+def test_what_the_draws_do_not_tell_is_said(answer: QueryResult, warning: str) -> None:
+    assert warning in answer.warning
+    assert bool(warning) == bool(answer.warning)
+    assert warning in " ".join(terminal_text(answer).split())
 
 
 def test_arrays_of_no_proponents_keep_their_types() -> None:
@@ -449,16 +471,18 @@ def test_import_loads_no_renderer() -> None:
 
 
 def test_groups_are_shown_with_shares_and_errors() -> None:
-    answer = result(groups=(group(), group("Bob", None, None)))
+    answer = result(groups=(group(), group("Bob", None, None), group("")))
     text = terminal_text(answer)
-    assert [line.split() for line in text.splitlines() if "Ada" in line or "Bob" in line] == [
+    assert [line.split() for line in text.splitlines() if " 4.50" in line] == [
         "12.3 % ± 2.5 % 4.50 ± 0.50 12 Ada".split(),
         "n/a 4.50 ± n/a 12 Bob".split(),
+        "12.3 % ± 2.5 % 4.50 ± 0.50 12 (none)".split(),
     ]
     page = render_html([answer])
-    assert "12.3 % ± 2.5 % of positive scores; sum 4.50 ± 0.50 (12 examples)" in page
+    assert page.count("12.3 % ± 2.5 % of positive scores; sum 4.50 ± 0.50 (12 examples)") == 2
+    assert "(none)" in page
     shares = [row["share"] for row in answer.to_dict()["groups"]]
-    assert shares == [0.123, None]
+    assert shares == [0.123, None, 0.123]
 
 
 def test_many_figures_are_rows_so_that_none_is_cut_in_a_narrow_terminal() -> None:

@@ -73,7 +73,7 @@ class GroupScore:
     """The sum of the scores of some training examples.
 
     Attributes:
-        name: What they have in common: a label, a caption, a folder, or a value of a column.
+        name: What they have in common: a label, a caption, a folder, or a value of a column; empty for none.
         num_examples: How many they are.
         score: Sum of their scores.
         standard_error: Monte-Carlo standard error of the sum over the noise draws, or None.
@@ -139,7 +139,11 @@ class QueryResult:
 
     @property
     def warning(self) -> str:
-        """What to say where the noise draws do not tell which examples come first, else an empty string."""
+        """What to say where the noise draws do not tell what was asked, else an empty string."""
+        return " ".join(filter(None, [self._ranking_warning, self._target_warning]))
+
+    @property
+    def _ranking_warning(self) -> str:
         probabilities = [match.top_probability for match in self.proponents]
         known = [probability for probability in probabilities if is_known(probability)]
         if len(known) < len(probabilities) or sum(known) >= _RESOLVED * len(known):
@@ -148,6 +152,13 @@ class QueryResult:
             f"The noise draws do not settle the ranking: of these {len(known)}, {sum(known):.1f} are expected to be "
             f"among the true first {len(known)}. More draws tell: refine the query, or featurize with more."
         )
+
+    @property
+    def _target_warning(self) -> str:
+        target, reached = self.settings.get("target_se"), np.nanmax(self.standard_errors, initial=0.0)
+        if target is None or reached <= float(target):
+            return ""
+        return f"A standard error is {reached:.3g}, above the {target:g} that was aimed at; allow more `max_draws`."
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return one row a match, with its rank, its role and what `Match` has but the thumbnail.
