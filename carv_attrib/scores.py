@@ -74,10 +74,20 @@ class BandScores:
         return len(self.bands) - 1 if self.spread else 0
 
     @property
+    def effective_degrees_of_freedom(self) -> Float64[Tensor, "queries train"]:
+        """Satterthwaite's: fewer than the squares, where some bands have most of the variance (eq. (10''))."""
+        if self.influences is None:
+            return torch.full_like(self.scores, float(self.degrees_of_freedom))
+        of_band = len(self.influences) - 1
+        variances = self.influences.square().sum(0)
+        ratio = variances.sum(0).square() / variances.square().sum(0).clamp(min=1e-300)
+        return ((of_band + 2) * ratio - 2).clamp(of_band, self.degrees_of_freedom)
+
+    @property
     def half_widths(self) -> Float64[Tensor, "queries train"]:
         """Half the widths of `CONFIDENCE` intervals: standard errors times a quantile of Student's t."""
-        degrees = self.degrees_of_freedom
-        return self.standard_errors * (float(student_t.ppf((1 + CONFIDENCE) / 2, degrees)) if degrees else 1.0)
+        quantiles = student_t.ppf((1 + CONFIDENCE) / 2, self.effective_degrees_of_freedom.numpy())
+        return self.standard_errors * torch.from_numpy(quantiles)
 
     def scaled(self, factor: float | Tensor) -> BandScores:
         """Return the scores times a factor: one number, or one for each query and example."""

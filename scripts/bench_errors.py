@@ -43,6 +43,7 @@ OUTPUT = Path("docs/benchmarks/errors.json")
 NUM_TRAIN, NUM_QUERIES, NUM_RUNS, TOP_K, NUM_FIRST = 600, 40, 12, 10, 100
 EDGES = (0.0, 0.05, 0.2, 0.4, 0.6, 0.8, 0.95, 1.0)
 NUM_DRAWS = (4, 8, 16)
+FIRST_SEED = 2000  # not 1000: equation (10'') of the intervals was chosen when those of 1000 were known
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def measure(name: str, results: Results) -> None:
     for num_draws in NUM_DRAWS:
         if (key := f"coverage/{name}, {num_draws} draws") in results:
             continue
-        arrays = [run_once(name, teacher, num_draws, 1000 + run) for run in range(NUM_RUNS)]
+        arrays = [run_once(name, teacher, num_draws, FIRST_SEED + run) for run in range(NUM_RUNS)]
         runs = Runs(*(np.stack(column).astype(np.float64) for column in zip(*arrays, strict=True)))
         results.add(key, {"coverage": coverage(runs), "reliability": reliability(runs)})
 

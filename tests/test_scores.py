@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -15,18 +16,26 @@ ONES = torch.ones(DIM).double()
 
 
 def noisy_features(
-    runs: int, *, replicates: int, queries: int = 1, train: int = 1, bands: int = 4, noise: float = 0.5, seed: int = 0
+    runs: int,
+    *,
+    replicates: int,
+    queries: int = 1,
+    train: int = 1,
+    noise: float = 0.5,
+    of_bands: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return features (runs, examples, bands, replicates, DIM) whose noise all examples share, and expected scores."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, bands = torch.Generator().manual_seed(seed), len(of_bands)
+    scale = noise * torch.tensor(of_bands).double().view(-1, 1, 1)
     means = torch.randn(queries + train, bands, 1, DIM, generator=generator).double()
     loadings = torch.rand(queries + train, 1, 1, 1, generator=generator).double() + 0.5
-    shared = torch.randn(runs, 1, bands, replicates, DIM, generator=generator).double() * noise
+    shared = torch.randn(runs, 1, bands, replicates, DIM, generator=generator).double() * scale
     features = means + loadings * shared
     query, examples = features[:, :queries], features[:, queries:]
     expected = torch.einsum("qbd,nbd->qn", means[:queries, :, 0], means[queries:, :, 0]) / bands
     product = loadings[:queries].view(-1, 1) * loadings[queries:].view(1, -1)
-    return query, examples, expected + product * DIM * noise**2 / replicates
+    return query, examples, expected + product * DIM * scale.square().mean() / replicates
 
 
 @pytest.mark.parametrize("replicates", [2, 6])
@@ -48,13 +57,15 @@ def test_two_replicates_are_the_halves_of_equation_10() -> None:
     torch.testing.assert_close(found.standard_errors, expected)
 
 
-def test_intervals_hold_the_expected_score_as_often_as_they_say() -> None:
-    query, train, expected = noisy_features(3000, replicates=2, noise=0.3)
+@pytest.mark.parametrize("replicates", [2, 6])
+@pytest.mark.parametrize("of_bands", [(1.0, 1.0, 1.0, 1.0), (1.0, 0.5, 0.1, 0.1), (1.0, 0.0, 0.0, 0.0)])
+def test_intervals_hold_the_expected_score_as_often_as_they_say(replicates: int, of_bands: tuple[float, ...]) -> None:
+    query, train, expected = noisy_features(3000, replicates=replicates, noise=0.3, of_bands=of_bands)
     inside = []
     for q, t in zip(query, train, strict=True):
         found = score_bands(q, t, ONES)
         inside.append(bool((found.scores - expected).abs() <= found.half_widths))
-    assert abs(sum(inside) / 3000 - CONFIDENCE) < 0.03  # a standard error of 0.005; normal quantiles give 0.83
+    assert abs(sum(inside) / 3000 - CONFIDENCE) < 0.03  # a standard error of 0.005
 
 
 def test_probabilities_come_true_as_often_as_they_say() -> None:
