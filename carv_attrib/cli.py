@@ -17,7 +17,7 @@ from carv_attrib.config import COMPONENTS, read_config_file
 from carv_attrib.errors import ArgumentError, CarvError
 from carv_attrib.evaluate_cli import evaluate
 from carv_attrib.maintenance import ExportFormat
-from carv_attrib.options import AS_INDEXED, INDEX, score_options
+from carv_attrib.options import AS_INDEXED, INDEX, NewFile, score_options
 from carv_attrib.progress import quiet_libraries
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def featurize(config: Path | None, **flags: Any) -> None:
 @click.option("--dataset", help="Folder, .parquet file, hub id, or `digits`.")
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file with the same keys as the flags.")
 @aim_options
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw the profile, and error against time, to a file.")
+@click.option("--plot", type=NewFile(), help="Draw the profile, and error against time, to a file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @setting_options()
 def plan(config: Path | None, plot: Path | None, as_json: bool, **flags: Any) -> None:
@@ -296,7 +296,7 @@ def export(index: Path, format: Any, output: Path) -> None:
     "--dataset", help="Where the training examples lie now, if they were moved; for --refine, --group-by COLUMN."
 )
 @click.option("--device", default="auto", show_default=True)
-@click.option("--report", type=click.Path(path_type=Path), help="Write a web page in one file.")
+@click.option("--report", type=NewFile(), help="Write a web page in one file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 def query(

@@ -34,14 +34,15 @@ def check_choice(name: str, value: str, allowed: object) -> None:
         raise ArgumentError(f"`{name}` must be one of {', '.join(get_args(allowed))}, got {value!r}.")
 
 
-def check_at_least(name: str, value: int, least: int) -> None:
-    """Check that `value` is a whole number of at least `least`.
+def check_at_least(name: str, value: int, least: int, reason: str = "") -> None:
+    """Check that `value` is a whole number of at least `least`, for a reason that the message gives.
 
     Raises:
         ArgumentError: if it is not.
     """
     if not hasattr(value, "__index__") or isinstance(value, bool) or value < least:
-        raise ArgumentError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+        because = f" ({reason})" if reason else ""
+        raise ArgumentError(f"`{name}` must be a whole number of at least {least}{because}, got {value!r}.")
 
 
 def _check_micro_batch(value: object) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from carv_attrib.options import AS_INDEXED, INDEX, Command
+from carv_attrib.options import AS_INDEXED, INDEX, Command, NewFile
 from carv_attrib.progress import quiet_libraries
 from carv_attrib.report.measures import Measures, measures_table, save_bars, significant_digits, three_decimals
 from carv_attrib.variance import Measured
@@ -34,7 +34,7 @@ def sample_options(command: Command) -> Command:
 def output_options(command: Command) -> Command:
     """Add the flags that say what is printed and drawn."""
     command = click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
-    return click.option("--plot", type=click.Path(path_type=Path), help="Draw bars to a file.")(command)
+    return click.option("--plot", type=NewFile(), help="Draw bars to a file.")(command)
 
 
 @click.group()

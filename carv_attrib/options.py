@@ -14,6 +14,24 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 INDEX = click.argument("index", type=click.Path(path_type=Path))
 
 
+class NewFile(click.Path):
+    """A file to write when all is done, whose folder must be there at the start."""
+
+    def __init__(self) -> None:
+        super().__init__(dir_okay=False, writable=True, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path.
+
+        Raises:
+            click.BadParameter: if nothing can be written there.
+        """
+        path = Path(value)
+        if not path.absolute().parent.is_dir():
+            self.fail(f"the folder of {path} does not exist; make it, or choose another.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 def score_options(score: str, kernel: str, damping: str) -> Callable[[Command], Command]:
     """Return a decorator that adds the flags that choose a score, with these defaults in their help."""
 

@@ -56,8 +56,8 @@ class Refinement:
             ArgumentError: if it cannot.
         """
         config = FeaturizeConfig.from_flat(manifest["config"]).estimator
-        check_at_least("refine", self.num_candidates, self.top_k)
-        check_at_least("max_draws", self.max_draws, 2 * config.num_draws)
+        check_at_least("refine", self.num_candidates, self.top_k, "all that are returned")
+        check_at_least("max_draws", self.max_draws, 2 * config.num_draws, "those of the index and as many more")
         if self.target_se is not None and not self.target_se > 0:
             raise ArgumentError(
                 f"`target_se` must be a positive number, got {self.target_se}; it has the score's unit."

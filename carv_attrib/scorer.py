@@ -161,6 +161,10 @@ class Scorer:
         """
         if timesteps is None:
             return slice(None)
+        if timesteps[0] >= timesteps[1]:
+            raise ArgumentError(
+                f"`timesteps` must be FIRST:LAST with the first below the last, got {timesteps[0]}:{timesteps[1]}."
+            )
         config = self.estimator.config
         if choice.kernel != "bands" or choice.score.endswith("cosine"):
             raise ArgumentError(

@@ -340,6 +340,7 @@ def test_a_window_of_timesteps_scores_its_bands_only(
 @pytest.mark.parametrize(
     ("question", "message"),
     [
+        ({"timesteps": (50, 50)}, "`timesteps` must be FIRST:LAST with the first below the last, got 50:50"),
         ({"timesteps": (0, 20)}, r"`timesteps` must hold a whole band .* got 0:20; bands begin and end at 0, 50, 100"),
         ({"timesteps": (0, 50), "kernel": "means"}, "`timesteps` needs `kernel` bands and no cosine, got means"),
         ({"timesteps": (0, 50), "score": "cosine"}, "`timesteps` needs `kernel` bands and no cosine, got bands and co"),

@@ -214,6 +214,11 @@ def test_label_out_of_range(tiny_index: Path, digits_folder: Path) -> None:
     assert_one_line(result, 2, "`label` must be a whole number from 0 to 2, got 10")
 
 
+def test_the_folder_of_a_report_is_looked_at_before_the_work(tiny_index: Path, tmp_path: Path) -> None:
+    result = run("query", tiny_index, "--image", tmp_path / "none.png", "--report", tmp_path / "none" / "report.html")
+    assert_one_line(result, 2, "--report", "the folder of ", "report.html does not exist; make it")
+
+
 def test_prompt_for_an_unconditional_teacher(tmp_path: Path, ddpm_folder: Path, digits_folder: Path) -> None:
     made = run(
         "featurize", "--teacher", ddpm_folder, "--dataset", digits_folder, "--output", tmp_path / "index", *FLAGS

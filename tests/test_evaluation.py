@@ -372,7 +372,7 @@ def test_methods_are_compared_with_the_one_that_is_named(save_results: Callable[
     assert {name: x.value for name, x in found.items()} == pytest.approx(
         {"ours": 8, "random": 2, "ours less random": 6}
     )
-    with pytest.raises(ArgumentError, match="`against` must be one of ours, random, got 'theirs'"):
+    with pytest.raises(ArgumentError, match="`against` must be one of 'ours', 'random', got 'theirs'"):
         counterfactual(results, "theirs")
 
 

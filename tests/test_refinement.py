@@ -99,12 +99,15 @@ def test_probabilities_need_more_candidates_than_are_shown(attributor: Attributo
 @pytest.mark.parametrize(
     ("question", "message"),
     [
-        ({"refine": 2, "top_k": 3}, "`refine` must be a whole number of at least 3, got 2"),
+        ({"refine": 2, "top_k": 3}, r"`refine` must be a whole number of at least 3 \(all that are returned\), got 2"),
         ({"target_se": 0.1}, "`target_se` is where refining stops; give `refine` too"),
         ({"max_draws": 8}, "`max_draws` is where refining stops; give `refine` too"),
         ({"refine": 10, "target_se": 0.0}, "`target_se` must be a positive number, got 0.0"),
         ({"refine": 10, "kernel": "means"}, "`refine` needs `kernel` bands, got means; give the first"),
-        ({"refine": 10, "max_draws": 4}, "`max_draws` must be a whole number of at least 8, got 4"),
+        (
+            {"refine": 10, "max_draws": 4},
+            r"`max_draws` must be .* at least 8 \(those of the index and as many more\), got 4",
+        ),
     ],
 )
 def test_a_bad_refinement_is_one_line(

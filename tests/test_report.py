@@ -120,10 +120,17 @@ def test_arrays_are_those_of_the_proponents() -> None:
         (result(settings={"target_se": 0.0512}), ""),
         (
             spread(),
-            "The noise draws do not settle the ranking: of these 2, 1.2 are expected to be among the true first",
+            "The noise draws do not settle the ranking: of these 2, 1.2 are expected to be among the true first 2. "
+            "More draws tell: refine the query, or featurize with more.",
         ),
-        (result(settings={"target_se": 0.05}), "A standard error is 0.0512, above the 0.05 that was aimed at; allow"),
-        (spread(settings={"target_se": 0.1}), "featurize with more. A standard error is 0.2, above the 0.1 that was"),
+        (
+            result(settings={"target_se": 0.05, "draws_taken": 64}),
+            "A standard error is 0.0512, above the 0.05 that was aimed at; it takes `max_draws` of about 68.",
+        ),
+        (
+            spread(settings={"target_se": 0.1, "draws_taken": 64}),
+            "More draws tell: allow more `max_draws`. A standard error is 0.2, above the 0.1 that was aimed at; it",
+        ),
     ],
 )
 def test_what_the_draws_do_not_tell_is_said(answer: QueryResult, warning: str) -> None:

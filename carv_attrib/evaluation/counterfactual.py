@@ -86,7 +86,7 @@ def counterfactual(results: Counterfactuals, against: str | None = None) -> Meas
     """
     reference = against or results.methods[0]
     if reference not in results.methods:
-        raise ArgumentError(f"`against` must be one of {', '.join(results.methods)}, got {reference!r}.")
+        raise ArgumentError(f"`against` must be one of {', '.join(map(repr, results.methods))}, got {reference!r}.")
     others = [name for name in results.methods if name != reference]
     table: Measures = {}
     for row in np.argsort(results.fractions):

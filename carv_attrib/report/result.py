@@ -148,9 +148,12 @@ class QueryResult:
         known = [probability for probability in probabilities if is_known(probability)]
         if len(known) < len(probabilities) or sum(known) >= _RESOLVED * len(known):
             return ""
+        more = (
+            "allow more `max_draws`" if "draws_taken" in self.settings else "refine the query, or featurize with more"
+        )
         return (
             f"The noise draws do not settle the ranking: of these {len(known)}, {sum(known):.1f} are expected to be "
-            f"among the true first {len(known)}. More draws tell: refine the query, or featurize with more."
+            f"among the true first {len(known)}. More draws tell: {more}."
         )
 
     @property
@@ -158,7 +161,11 @@ class QueryResult:
         target, reached = self.settings.get("target_se"), np.nanmax(self.standard_errors, initial=0.0)
         if target is None or reached <= float(target):
             return ""
-        return f"A standard error is {reached:.3g}, above the {target:g} that was aimed at; allow more `max_draws`."
+        needed = math.ceil(float(self.settings["draws_taken"]) * (reached / float(target)) ** 2)
+        return (
+            f"A standard error is {reached:.3g}, above the {target:g} that was aimed at; it takes `max_draws` of about "
+            f"{needed}."
+        )
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return one row a match, with its rank, its role and what `Match` has but the thumbnail.
