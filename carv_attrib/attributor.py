@@ -126,7 +126,8 @@ class Attributor:
             refine: take more draws of so many of the first examples (and of the query), and rank them again. Of fewer
                 than twice `top_k`, probabilities of the top k are not known.
             target_se: stop refining when the standard errors of all that are returned are at most this.
-            max_draws: stop refining at so many draws of an example, those of the index among them; None: 64.
+            max_draws: stop refining at so many draws of an example, those of the index among them; None: 64, or
+                twice those of the index.
             mask: a grey picture or its path, white where the image is asked about: which examples made that part. It
                 is fitted to the teacher as the image is.
             score: preconditioned (default), dot, cosine or preconditioned-cosine; None: what the index was built for.
@@ -142,11 +143,13 @@ class Attributor:
         choice = self._resolve(score, kernel, damping)
         refinement = None
         if refine is not None:
-            refinement = Refinement(refine, target_se, MAX_DRAWS if max_draws is None else max_draws, top_k)
+            if max_draws is None:
+                max_draws = max(MAX_DRAWS, 2 * int(self.store.manifest["config"]["num_draws"]))
+            refinement = Refinement(refine, target_se, max_draws, top_k, opponents)
             refinement.check(choice.kernel, self.store.manifest)
-        for name, value in (("target_se", target_se), ("max_draws", max_draws)):
-            if refine is None and value is not None:
-                raise ArgumentError(f"`{name}` is where refining stops; give `refine` too: how many to refine.")
+        elif target_se is not None or max_draws is not None:
+            name = "max_draws" if target_se is None else "target_se"
+            raise ArgumentError(f"`{name}` is where refining stops; give `refine` too: how many to refine.")
         groups = read_groups(self.store, group_by, lambda: self.members[0].examples) if group_by else None
         picture, name = _open(image)
         mask_picture, mask_name = (None, "") if mask is None else _open(mask, "mask")
@@ -164,17 +167,20 @@ class Attributor:
                 ]
             )
         )
-        draws_taken, evaluations = 0, sum(member.estimator.config.draws_per_example for member in members)
-        found = []
-        for member, own, query in zip(members, asked, queries, strict=True):
-            if refinement:
-                refined, draws, more = member.refined_scores(own, query, positions, choice, window, refinement)
-                found.append(refined)
-                draws_taken = max(draws_taken, draws)
-                evaluations += more
-            else:
-                found.append(member.candidate_scores(query, positions, choice, window))
-        scores = mean(found)
+        draws_taken, more = 0, 0
+        if refinement:
+            each = [
+                member.refined_scores(own, query, positions, choice, window, refinement)
+                for member, own, query in zip(members, asked, queries, strict=True)
+            ]
+            for rounds in zip(*each, strict=True):
+                scores = mean([refined for refined, _, _ in rounds])
+                draws_taken, more = rounds[0][1], sum(cost for _, _, cost in rounds)
+                if refinement.is_enough(scores):
+                    break
+        else:
+            pairs = zip(members, queries, strict=True)
+            scores = mean([member.candidate_scores(query, positions, choice, window) for member, query in pairs])
         settings = self._describe(choice)
         if mask_picture is not None:
             settings["mask"] = mask_name
@@ -193,7 +199,7 @@ class Attributor:
             groups=groups.scores(self._part_scores(queries, choice, window)) if groups else (),
             settings=settings,
             cost={
-                "network_evaluations": evaluations,
+                "network_evaluations": sum(member.estimator.config.draws_per_example for member in members) + more,
                 "examples_searched": len(self.ids),
                 "seconds": round(time.perf_counter() - started, 3),
             },

@@ -42,12 +42,14 @@ class Refinement:
         target_se: standard error that all returned examples are to have at most, or None.
         max_draws: draws of an example at most, those of the index among them.
         top_k: examples that are returned.
+        opponents: whether as many with the smallest scores are returned too.
     """
 
     num_candidates: int
     target_se: float | None
     max_draws: int
     top_k: int
+    opponents: bool
 
     def check(self, kernel: KernelKind, manifest: Mapping[str, Any]) -> None:
         """Check the numbers, and that an index can be refined.
@@ -76,8 +78,10 @@ class Refinement:
             )
 
     def is_enough(self, found: BandScores) -> bool:
-        """Return whether the standard errors of the first `top_k` examples of the (one) query are small enough."""
-        shown = found.scores[0].topk(min(self.top_k, found.scores.shape[1])).indices
+        """Return whether the standard errors of the examples that are returned for the (one) query are small enough."""
+        count = min(self.top_k, found.scores.shape[1])
+        ends = [found.scores[0].topk(count, largest=largest).indices for largest in (True, False)]
+        shown = torch.cat(ends) if self.opponents else ends[0]
         return self.target_se is not None and bool(found.standard_errors[0, shown].max() <= self.target_se)
 
 

@@ -143,7 +143,8 @@ class Scorer:
                     "teacher sees; paint that part white."
                 )
             encoded = replace(encoded, mask=weights)
-            pixels = pixels * (0.6 + 0.4 * mask_pixels)
+            brightness = (mask_pixels + 1) / 2
+            pixels = pixels * (0.2 + 0.8 * brightness / brightness.max())
         return Queries(pixels, ids, encoded)
 
     def features(self, queries: Queries) -> Float[Tensor, "queries bands replicates proj_dim"]:
@@ -240,10 +241,10 @@ class Scorer:
         choice: Choice,
         window: slice,
         refinement: Refinement,
-    ) -> tuple[BandScores, int, int]:
-        """Return scores with more draws of a query and of candidates, how many each then has, and what they cost.
+    ) -> Iterator[tuple[BandScores, int, int]]:
+        """Yield scores with more draws of a query and of candidates, how many each has, and what they cost in all.
 
-        The cost is in network evaluations.
+        After every round if there is a target, else after the last. The cost is in network evaluations.
 
         The draws are the same for the query, the candidates and the references, of whose draws the kernel is made too.
         """
@@ -270,9 +271,7 @@ class Scorer:
                 before, after = torch.cat([old, drawn[0]]), torch.cat([own, drawn.mean(0)])
                 kernel = self.kernel(choice.kernel).refined(before, after, num_candidates=len(ids))
             found = self.score(query[:, window], train[:, window], choice, kernel)
-            if refinement.is_enough(found):
-                break
-        return found, (2 + number) * estimator.config.num_draws, evaluations
+            yield found, (2 + number) * estimator.config.num_draws, evaluations
 
     def _index(self, choice: Choice) -> FeatureIndex:
         """Return the stored index if it serves, else one built in memory for this score."""

@@ -509,6 +509,8 @@ def test_a_result_shows_what_its_mask_leaves_out_faded(
     seen, shown = (np.asarray(x, float) - 127.5 for x in (whole, left))
     np.testing.assert_array_equal(shown[:, :columns], seen[:, :columns])
     np.testing.assert_allclose(shown[:, columns:], 0.2 * seen[:, columns:], atol=1)
+    grey = attributor.query(pictures[0][0], label=0, mask=Image.new("L", (8, 8), 100))  # no mask
+    np.testing.assert_array_equal(Image.open(io.BytesIO(grey.thumbnail)), whole)
 
 
 def test_a_mask_that_says_nothing_is_one_line(

@@ -56,6 +56,19 @@ def test_scores_are_means_over_the_teachers(index: Path, picture: Path) -> None:
     assert len(refined.ids) == 5
 
 
+def test_refining_stops_where_the_mean_over_teachers_is_sure_enough(index: Path, picture: Path) -> None:
+    """Each teacher alone would stop at another round."""
+    opened = Attributor.open(index, device="cpu")
+    question: dict[str, Any] = {"label": 1, "top_k": 3, "refine": 6}
+    rounds = [opened.query(picture, **question, max_draws=draws) for draws in (8, 12, 16, 20)]
+    errors = [refined.standard_errors.max() for refined in rounds]
+    target = (errors[0] + min(errors)) / 2
+    found = opened.query(picture, **question, max_draws=20, target_se=target)
+    first = next(number for number, error in enumerate(errors) if error <= target)
+    assert found.settings["draws_taken"] == (8, 12, 16, 20)[first]
+    np.testing.assert_allclose(found.scores, rounds[first].scores)
+
+
 def test_each_member_is_the_index_of_its_teacher_alone(
     index: Path, teachers: list[Path], digits_folder: Path, tmp_path: Path
 ) -> None:

@@ -83,6 +83,24 @@ def test_refining_stops_at_the_error_that_was_asked_for(attributor: Attributor, 
     assert refined.cost["network_evaluations"] < most.cost["network_evaluations"]
 
 
+def test_opponents_that_are_returned_must_be_sure_enough_too(attributor: Attributor, picture: Path) -> None:
+    question: dict[str, Any] = {"label": 1, "top_k": 3, "opponents": True, "refine": 6}
+    first = attributor.query(picture, **question, max_draws=8)
+    errors = [max(m.standard_error or 0.0 for m in matches) for matches in (first.proponents, first.opponents)]
+    target = sum(errors) / 2  # met by one end after the first round, not by the other
+    found = attributor.query(picture, **question, max_draws=12, target_se=target)
+    assert found.settings["draws_taken"] == 12
+    reached = max(m.standard_error or 0.0 for m in (*found.proponents, *found.opponents))
+    assert ("aimed at" in found.warning) == (reached > target)
+
+
+def test_an_index_of_many_draws_gets_as_many_more(
+    attributor: Attributor, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("carv_attrib.attributor.MAX_DRAWS", 4)
+    assert attributor.query(picture, label=1, top_k=5, refine=5).settings["max_draws"] == 8
+
+
 def test_only_candidates_are_refined(attributor: Attributor, picture: Path) -> None:
     plain = attributor.query(picture, label=1, top_k=5)
     refined = attributor.query(picture, label=1, top_k=5, refine=5, max_draws=8)

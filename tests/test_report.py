@@ -117,15 +117,15 @@ def test_arrays_are_those_of_the_proponents() -> None:
 @pytest.mark.parametrize(
     ("answer", "warning"),
     [
-        (result(settings={"target_se": 0.0512}), ""),
+        (result(settings={"target_se": 0.1}), ""),
         (
             spread(),
             "The noise draws do not settle the ranking: of these 2, 1.2 are expected to be among the true first 2. "
             "More draws tell: refine the query, or featurize with more.",
         ),
         (
-            result(settings={"target_se": 0.05, "draws_taken": 64}),
-            "A standard error is 0.0512, above the 0.05 that was aimed at; it takes `max_draws` of about 68.",
+            result(settings={"target_se": 0.05, "draws_taken": 64}),  # an opponent's
+            "A standard error is 0.1, above the 0.05 that was aimed at; it takes `max_draws` of about 256.",
         ),
         (
             spread(settings={"target_se": 0.1, "draws_taken": 64}),
@@ -487,7 +487,8 @@ def test_groups_are_shown_with_shares_and_errors() -> None:
     ]
     page = render_html([answer])
     assert page.count("12.3 % ± 2.5 % of positive scores; sum 4.50 ± 0.50 (12 examples)") == 2
-    assert "(none)" in page
+    both = render_html([result(groups=(group(""), group("(none)")))])
+    assert (page.count("(none)"), both.count("(none)")) == (1, 2)
     shares = [row["share"] for row in answer.to_dict()["groups"]]
     assert shares == [0.123, None, 0.123]
 

@@ -163,7 +163,7 @@ class _Section:
     certainty: str
     warning: str
     groups: tuple[_Group, ...]
-    tables: tuple[tuple[str, dict[str, str]], ...]
+    tables: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
 
 
 def _section(result: QueryResult) -> _Section:
@@ -179,15 +179,15 @@ def _section(result: QueryResult) -> _Section:
         warning=result.warning,
         groups=tuple(groups),
         tables=(
-            ("Groups", {group.name or NO_NAME: _group(group) for group in result.groups[:_MAX_GROUPS]}),
+            ("Groups", tuple((group.name or NO_NAME, _group(group)) for group in result.groups[:_MAX_GROUPS])),
             ("Settings", _table(result.settings)),
             ("Cost", _table(result.cost)),
         ),
     )
 
 
-def _table(values: Mapping[str, str | int | float]) -> dict[str, str]:
-    return {name: format_value(value) for name, value in values.items()}
+def _table(values: Mapping[str, str | int | float]) -> tuple[tuple[str, str], ...]:
+    return tuple((name, format_value(value)) for name, value in values.items())
 
 
 def _group(group: GroupScore) -> str:

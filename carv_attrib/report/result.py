@@ -104,7 +104,7 @@ class QueryResult:
     Attributes:
         query: File name or given name of the query.
         condition: What the teacher was conditioned on, such as `label 3`; empty for nothing.
-        thumbnail: The query as the teacher saw it, PNG or JPEG bytes.
+        thumbnail: The query as the teacher saw it, what a mask leaves out faded, PNG or JPEG bytes.
         proponents: Largest score first.
         opponents: Smallest score first; may be empty.
         groups: Sums of scores, largest first, where they were asked for.
@@ -158,7 +158,8 @@ class QueryResult:
 
     @property
     def _target_warning(self) -> str:
-        target, reached = self.settings.get("target_se"), np.nanmax(self.standard_errors, initial=0.0)
+        errors = [match.standard_error or 0.0 for match in (*self.proponents, *self.opponents)]
+        target, reached = self.settings.get("target_se"), max(errors, default=0.0)
         if target is None or reached <= float(target):
             return ""
         needed = math.ceil(float(self.settings["draws_taken"]) * (reached / float(target)) ** 2)
