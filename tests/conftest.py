@@ -296,11 +296,16 @@ FEW_REPLICATES = {
 """For pilots that take seconds."""
 
 
-@pytest.fixture
-def few_replicates(monkeypatch: pytest.MonkeyPatch) -> None:
+def shorten_pilots(patch: pytest.MonkeyPatch) -> None:
     """Let pilots take seconds."""
     for name, count in FEW_REPLICATES.items():
-        monkeypatch.setattr(f"carv_attrib.planning.pilot.{name}", count)
+        patch.setattr(f"carv_attrib.planning.pilot.{name}", count)
+
+
+@pytest.fixture
+def few_replicates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the pilots of one test take seconds."""
+    shorten_pilots(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from carv_attrib.data import open_dataset
 from carv_attrib.errors import ArgumentError, CarvError, DataError, StoreMismatchError
 from carv_attrib.estimator import build_estimator
 from carv_attrib.noise_schedule import NoiseSchedule
-from carv_attrib.planning import MOST_DRAWS, Plan, Planner, pilot, plan, possible_choices, starting_config
+from carv_attrib.planning import MOST_DRAWS, Plan, Planner, plan, possible_choices, starting_config
 from carv_attrib.planning.costs import CostModel, UnitCosts, parse_budget
 from carv_attrib.planning.forecast import (
     Candidate,
@@ -35,7 +35,7 @@ from carv_attrib.planning.forecast import (
 from carv_attrib.planning.report import format_bytes, format_seconds, save_plot
 from carv_attrib.store import FeatureStore
 from carv_attrib.variance import Measured
-from tests.conftest import FEW_REPLICATES, SETTINGS, FlatLinear, TinyTeacher
+from tests.conftest import SETTINGS, FlatLinear, TinyTeacher, shorten_pilots
 
 FREE = {name: value for name, value in SETTINGS.items() if name != "num_draws"} | {"micro_batch": 80}
 
@@ -43,8 +43,7 @@ FREE = {name: value for name, value in SETTINGS.items() if name != "num_draws"} 
 @pytest.fixture(scope="module")
 def made(dit_folder: Path, digits_folder: Path) -> Plan:
     with pytest.MonkeyPatch.context() as patch:
-        for name, count in FEW_REPLICATES.items():
-            patch.setattr(pilot, name, count)
+        shorten_pilots(patch)
         return plan(dit_folder, digits_folder, budget="1m", **FREE)
 
 

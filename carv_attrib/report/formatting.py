@@ -15,10 +15,6 @@ _HIDDEN = re.compile(
 _LINE_SPACE = re.compile(r"[\t\r\n]+")
 
 
-NO_NAME = "(none)"
-"""Of the group of those that have no label, caption, folder or value."""
-
-
 def visible(text: str) -> str:
     r"""Return `text` on one line, its unseen characters written as Python escapes.
 

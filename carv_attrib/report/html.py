@@ -15,15 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from carv_attrib.errors import ArgumentError, CarvError
 from carv_attrib.files import atomic_file
-from carv_attrib.report.formatting import (
-    NO_NAME,
-    format_error,
-    format_number,
-    format_share,
-    format_value,
-    is_known,
-    visible,
-)
+from carv_attrib.report.formatting import format_error, format_number, format_share, format_value, is_known, visible
 from carv_attrib.report.result import GroupScore, Match, QueryResult
 
 if TYPE_CHECKING:
@@ -179,7 +171,7 @@ def _section(result: QueryResult) -> _Section:
         warning=result.warning,
         groups=tuple(groups),
         tables=(
-            ("Groups", tuple((group.name or NO_NAME, _group(group)) for group in result.groups[:_MAX_GROUPS])),
+            ("Groups", tuple((group.title, _group(group)) for group in result.groups[:_MAX_GROUPS])),
             ("Settings", _table(result.settings)),
             ("Cost", _table(result.cost)),
         ),

@@ -96,6 +96,11 @@ class GroupScore:
     share_low: float | None
     share_high: float | None
 
+    @property
+    def title(self) -> str:
+        """What reports call the group: its name, or `(none)`."""
+        return self.name or "(none)"
+
 
 @dataclass(frozen=True)
 class QueryResult:

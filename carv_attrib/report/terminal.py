@@ -5,15 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from carv_attrib.report.formatting import (
-    NO_NAME,
-    format_error,
-    format_number,
-    format_share,
-    format_value,
-    is_known,
-    visible,
-)
+from carv_attrib.report.formatting import format_error, format_number, format_share, format_value, is_known, visible
 from carv_attrib.report.result import GroupScore, Match, QueryResult
 
 if TYPE_CHECKING:
@@ -91,7 +83,7 @@ def _group_table(groups: tuple[GroupScore, ...]) -> rich.table.Table:
             format_share(group.share, group.share_standard_error),
             score,
             str(group.num_examples),
-            _shortened(group.name or NO_NAME),
+            _shortened(group.title),
         )
     return table
 
