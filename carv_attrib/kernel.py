@@ -66,12 +66,6 @@ class Kernel:
         """Return the features that this kernel scores, in its eigenbasis."""
         return self.averaged(features.double() @ self.eigenvectors)
 
-    def preconditioned(
-        self, features: Float[Tensor, "*examples bands replicates d"], inverse: Float64[Tensor, " d"]
-    ) -> Float64[Tensor, "*examples kept_bands replicates d"]:
-        """Return what scores are inner products of features with, from the diagonal that `inverse` returns."""
-        return self.banded(features) * inverse @ self.eigenvectors.T
-
     def refined(
         self,
         old: Float[Tensor, "examples bands replicates d"],

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64, Int64
 from PIL import Image
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from carv_attrib.errors import ArgumentError, StoreCorruptError, StoreError
 from carv_attrib.estimator import Encoded, Estimator, average_bands, check_finite
 from carv_attrib.index import FeatureIndex, read_index_settings
 from carv_attrib.kernel import Damping, Kernel, KernelKind, ScoreKind, fit_kernel, load_kernel
+from carv_attrib.leave_out import LeaveOut
 from carv_attrib.manifest import restore_estimator
 from carv_attrib.refinement import (
     DatasetLike,
@@ -41,6 +42,25 @@ class Choice(NamedTuple):
     score: ScoreKind
     kernel: KernelKind
     damping: Damping
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Queries as examples are scored against them.
+
+    Attributes:
+        choice: of the score.
+        kernel: of the scores.
+        inverse: diagonal of the preconditioner that is still to be applied, in the kernel's eigenbasis.
+        query: features in the eigenbasis for cosines, else preconditioned, in the basis of the examples.
+        left_out: for errors from the projection, in the same basis; None: none.
+    """
+
+    choice: Choice
+    kernel: Kernel
+    inverse: Float64[Tensor, " d"]
+    query: Float64[Tensor, "queries bands replicates d"]
+    left_out: Float64[Tensor, "queries bands groups d"] | None
 
 
 @dataclass(frozen=True)
@@ -75,6 +95,7 @@ class Scorer:
         self._dataset = dataset
         self._kernels: dict[KernelKind, Kernel] = {}
         self._indexes: dict[Choice, FeatureIndex] = {}
+        self._left_out: dict[Choice, tuple[LeaveOut, Tensor]] = {}
         self._encoded_references: Encoded | None = None
         self._references: dict[int, Tensor] = {}
 
@@ -211,27 +232,64 @@ class Scorer:
             found.append(positions)
         return np.unique(np.concatenate(found))
 
-    def score(self, query: Tensor, train: Tensor, choice: Choice, kernel: Kernel | None = None) -> BandScores:
-        """Return the scores of banded features, with the kernel of the index unless another is given."""
-        kernel = kernel or self.kernel(choice.kernel)
-        inverse = kernel.inverse(choice.score, choice.damping)
-        independent = self.store.manifest["config"]["scheme"] != "iid"  # sorted iid draws have no independent halves
-        if choice.score.endswith("cosine"):
-            query, train = kernel.banded(query), kernel.banded(train)
-            return score_bands(query, train, inverse, normalise=True, independent=independent)
-        query, train = kernel.preconditioned(query, inverse), kernel.averaged(train.double())  # examples: not rotated
-        return score_bands(query, train, torch.ones_like(inverse), independent=independent)
+    def prepare(
+        self,
+        query: Tensor,
+        choice: Choice,
+        window: slice = slice(None),
+        *,
+        errors: bool = True,
+        refined: tuple[Kernel, Tensor] | None = None,
+    ) -> Asked:
+        """Return banded features of queries, ready to be scored.
 
-    def part_scores(self, query: Tensor, choice: Choice, window: slice = slice(None)) -> Iterator[BandScores]:
+        Args:
+            query: of all bands.
+            choice: of the score.
+            window: of the bands that are asked about.
+            errors: whether errors from the projection are wanted, which make scoring dearer.
+            refined: another kernel than that of the index, and features of examples with the draws of the query.
+        """
+        kernel = refined[0] if refined else self.kernel(choice.kernel)
+        inverse = kernel.inverse(choice.score, choice.damping)
+        banded, left_out = kernel.banded(query[:, window]), None
+        if errors:
+            families = self.estimator.projector.families
+            if refined:
+                leave_out, examples = LeaveOut(kernel, inverse, families), kernel.banded(refined[1])
+            else:
+                if choice not in self._left_out:
+                    self._left_out[choice] = LeaveOut(kernel, inverse, families), kernel.banded(self._old_references)
+                leave_out, examples = self._left_out[choice]
+            left_out = leave_out.lasting(banded, examples[:, window])
+        if not choice.score.endswith("cosine"):  # examples need not be rotated then
+            banded, inverse = banded * inverse @ kernel.eigenvectors.T, torch.ones_like(inverse)
+            left_out = None if left_out is None else left_out @ kernel.eigenvectors.T
+        return Asked(choice, kernel, inverse, banded, left_out)
+
+    def score(self, asked: Asked, train: Tensor) -> BandScores:
+        """Return the scores of the banded features of examples."""
+        independent = self.store.manifest["config"]["scheme"] != "iid"  # sorted iid draws have no independent halves
+        is_cosine = asked.choice.score.endswith("cosine")
+        train = asked.kernel.banded(train) if is_cosine else asked.kernel.averaged(train.double())
+        return score_bands(
+            asked.query, train, asked.inverse, asked.left_out, normalise=is_cosine, independent=independent
+        )
+
+    def part_scores(
+        self, query: Tensor, choice: Choice, window: slice = slice(None), *, errors: bool = True
+    ) -> Iterator[BandScores]:
         """Yield the scores of all examples of each part, in the order of the store."""
+        asked = self.prepare(query, choice, window, errors=errors)
         for part in self.store.parts:
-            yield self.score(query[:, window], self.store.read_part(part).features[:, window], choice)
+            yield self.score(asked, self.store.read_part(part).features[:, window])
 
     def candidate_scores(
         self, query: Tensor, positions: Int64[np.ndarray, " candidates"], choice: Choice, window: slice
     ) -> BandScores:
         """Return the scores of the examples at some positions in the store."""
-        return self.score(query[:, window], self.store.read_features(positions.tolist())[:, window], choice)
+        features = self.store.read_features(positions.tolist())
+        return self.score(self.prepare(query, choice, window), features[:, window])
 
     def refined_scores(
         self,
@@ -266,11 +324,13 @@ class Scorer:
             if not refinement.target_se and number < rounds - 1:
                 continue
             if preconditioned:
-                drawn = torch.stack([self._references[n] for n in range(-1, number + 1)])[:, others]
+                fresh = [self._references[n] for n in range(number + 1)]
+                drawn = torch.stack([self._old_references, *fresh])[:, others]
                 own = torch.unflatten(train, 2, (-1, old.shape[2])).mean(2)  # over rounds
                 before, after = torch.cat([old, drawn[0]]), torch.cat([own, drawn.mean(0)])
                 kernel = self.kernel(choice.kernel).refined(before, after, num_candidates=len(ids))
-            found = self.score(query[:, window], train[:, window], choice, kernel)
+            asked_again = self.prepare(query, choice, window, refined=(kernel, train))
+            found = self.score(asked_again, train[:, window])
             yield found, (2 + number) * estimator.config.num_draws, evaluations
 
     def _index(self, choice: Choice) -> FeatureIndex:
@@ -284,14 +344,18 @@ class Scorer:
             self._indexes[choice] = FeatureIndex.build(self.store, kernel, score=choice.score, damping=choice.damping)
         return self._indexes[choice]
 
+    @cached_property
+    def _old_references(self) -> Float[Tensor, "references bands replicates d"]:
+        """Features of the references in the index."""
+        rows = {int(i): row for row, i in enumerate(self.store.ids)}
+        return self.store.read_features([rows[i] for i in choose_references(self.store)])
+
     def _draw_references(self, estimator: Estimator, references: Sequence[int], number: int) -> int:
         """Keep the draws of a round of the references, the same for all queries; return the evaluations it took."""
         if number in self._references:
             return 0
         if self._encoded_references is None:
             self._encoded_references = encode_examples(estimator, self.examples, references)
-            rows = {int(i): row for row, i in enumerate(self.store.ids)}
-            self._references[-1] = self.store.read_features([rows[i] for i in references])  # of the index
         self._references[number] = fresh_draws(estimator, self._encoded_references, references, number)
         return estimator.config.draws_per_example * len(references)
 

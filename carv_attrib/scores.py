@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,20 +23,26 @@ _CHUNK = 50  # resamples at a time
 
 @dataclass(frozen=True)
 class BandScores:
-    """Scores of queries and training examples in every band, and what each group of draws adds to them.
+    """Scores of queries and training examples in every band, and what is known of their errors.
 
-    Everything is linear in the training examples: sums over groups of them are `BandScores` too, and so are means over
-    checkpoints and choices of bands.
+    All tensors are linear in the training examples: sums over groups of them are `BandScores` too, and so are means
+    over checkpoints and choices of bands.
 
     Attributes:
         bands: scores in each band; the score is their mean.
         influences: of each replicate of each band on the score of the band, in the mean zero over replicates; None
-            where a band has one replicate, or replicates that are not independent.
+            where a band has one replicate or two, or replicates that are not independent.
+        crossed: with two replicates, halves of three contrasts of their four products: between those of like
+            replicates, between those of unlike ones, and of like less unlike ones; in place of influences.
+        projection: what leaving out each group of coordinates of the projection does to the score, scaled so that its
+            squares sum to the variance over projections; None where it was not asked for.
         spread: whether, without influences, the differences between bands may stand in for them.
     """
 
     bands: Float64[Tensor, "bands queries train"]
     influences: Float64[Tensor, "replicates bands queries train"] | None
+    crossed: Float64[Tensor, "3 bands queries train"] | None = None
+    projection: Float64[Tensor, "groups queries train"] | None = None
     spread: bool = True
 
     @cached_property
@@ -44,13 +51,15 @@ class BandScores:
         return self.bands.mean(0)
 
     @cached_property
-    def deviations(self) -> Float64[Tensor, "deviations queries train"]:
-        """Independent parts of the error of a score, the same draws for all examples; none where nothing is known.
+    def draw_deviations(self) -> Float64[Tensor, "deviations queries train"]:
+        """Independent parts of the error from the draws, which all examples share; none where nothing is known.
 
-        With R replicates of each of B bands, a jackknife over replicates; with one replicate, the deviations of bands
+        With two replicates of each band, eq. (10); with more, a jackknife over them; with one, the deviations of bands
         from their mean, which also hold the trend over timesteps.
         """
         num_bands = len(self.bands)
+        if self.crossed is not None:
+            return self._crossed_deviations(self.crossed)
         parts: Tensor = self.bands[:0]
         if self.influences is not None:
             replicates = len(self.influences)
@@ -59,29 +68,70 @@ class BandScores:
             parts = (self.bands - self.scores) / (num_bands * (num_bands - 1)) ** 0.5
         return parts
 
+    def _crossed_deviations(self, crossed: Float64[Tensor, "3 bands queries train"]) -> Tensor:
+        """Return the parts that are known from products of two replicates, of the variance of eq. (10)."""
+        num_bands = len(self.bands)
+        parts: Tensor = crossed[:2].flatten(0, 1) / num_bands
+        alike, unlike = torch.stack(parts.square().chunk(2)).sum(1)
+        excess = crossed[2].var(0) / num_bands if num_bands > 1 else torch.zeros_like(alike)
+        both = alike + unlike
+        variance = torch.stack([both / 2 - excess / 4, alike - 3 * excess / 4, both / 4]).amax(0)
+        parts = parts * (variance / both.clamp(min=1e-300)).sqrt()
+        return parts
+
+    @cached_property
+    def deviations(self) -> Float64[Tensor, "deviations queries train"]:
+        """Independent parts of the error of a score, from the draws and from the projection."""
+        own = self.draw_deviations
+        return own if self.projection is None else torch.cat([own, self.projection])
+
     @property
     def standard_errors(self) -> Float64[Tensor, "queries train"]:
-        """Monte-Carlo standard errors of the scores, over the draws; NaN where nothing is known of them."""
+        """Standard errors of the scores, over the draws and the projection; NaN where nothing is known of the draws."""
         if self.degrees_of_freedom == 0:
             return torch.full_like(self.scores, float("nan"))
         return self.deviations.square().sum(0).sqrt()
 
     @property
+    def projection_errors(self) -> Float64[Tensor, "queries train"]:
+        """Standard errors over the projection alone, which more draws do not lower; zero if it was not asked for."""
+        if self.projection is None:
+            return torch.zeros_like(self.scores)
+        return self.projection.square().sum(0).sqrt()
+
+    @property
     def degrees_of_freedom(self) -> int:
-        """Number of independent squares in a standard error."""
+        """Number of independent squares in the part of a standard error that is from the draws."""
+        if self.crossed is not None:
+            return len(self.bands)
         if self.influences is not None:
             return len(self.bands) * (len(self.influences) - 1)
         return len(self.bands) - 1 if self.spread else 0
 
     @property
     def effective_degrees_of_freedom(self) -> Float64[Tensor, "queries train"]:
-        """Satterthwaite's: fewer than the squares, where some bands have most of the variance (eq. (10''))."""
-        if self.influences is None:
-            return torch.full_like(self.scores, float(self.degrees_of_freedom))
-        of_band = len(self.influences) - 1
-        variances = self.influences.square().sum(0)
-        ratio = variances.sum(0).square() / variances.square().sum(0).clamp(min=1e-300)
-        return ((of_band + 2) * ratio - 2).clamp(of_band, self.degrees_of_freedom)
+        """Satterthwaite's: fewer than the squares, where some of them have most of the variance (eq. (10''))."""
+        variance = self.draw_deviations.square().sum(0)
+        found = self._draw_degrees_of_freedom()
+        if self.projection is None or len(self.projection) < 2:
+            return found
+        other = self.projection.square().sum(0)
+        together = variance.square() / found + other.square() / (len(self.projection) - 1)
+        return (variance + other).square() / together.clamp(min=1e-300)
+
+    def _draw_degrees_of_freedom(self) -> Float64[Tensor, "queries train"]:
+        """Return those of the part that is from the draws."""
+        squares, of_each, most = self.draw_deviations.square(), 1, torch.tensor(float(self.degrees_of_freedom))
+        if self.crossed is not None:
+            kinds = torch.stack(squares.chunk(2)).sum(1)
+            most = most * kinds.sum(0).square() / kinds.square().sum(0).clamp(min=1e-300)
+        elif self.influences is not None:
+            of_each = len(self.influences) - 1
+            squares = torch.stack(squares.chunk(len(self.influences))).sum(0)
+        else:
+            return torch.full_like(self.scores, float(most))
+        ratio = squares.sum(0).square() / squares.square().sum(0).clamp(min=1e-300)
+        return ((of_each + 2) * ratio - 2).clamp(min=of_each).minimum(most.clamp(min=of_each))
 
     @property
     def half_widths(self) -> Float64[Tensor, "queries train"]:
@@ -91,8 +141,7 @@ class BandScores:
 
     def scaled(self, factor: float | Tensor) -> BandScores:
         """Return the scores times a factor: one number, or one for each query and example."""
-        influences = None if self.influences is None else self.influences * factor
-        return BandScores(self.bands * factor, influences, self.spread)
+        return self._changed(lambda values: values * factor)
 
     def positive(self) -> BandScores:
         """Return the scores with zeros in place of those that are not positive."""
@@ -109,29 +158,27 @@ class BandScores:
         def moved(errors: Tensor) -> Tensor:
             return (errors - shares * errors.sum(-1, keepdim=True)) / total
 
-        influences = None if self.influences is None else moved(self.influences)
-        return BandScores(shares + moved(self.bands - self.scores), influences, self.spread)
+        return replace(self._changed(moved), bands=shares + moved(self.bands - self.scores))
 
     def select(self, train: Int[np.ndarray, " selected"]) -> BandScores:
         """Return the scores of some training examples, in the given order."""
-        influences = None if self.influences is None else self.influences[..., train]
-        return BandScores(self.bands[..., train], influences, self.spread)
+        return self._changed(lambda values: values[..., train])
 
     def add_up(self, groups: Int64[Tensor, " train"], num_groups: int) -> BandScores:
         """Return the sums of the scores of the examples of each group, whose errors add up with their signs."""
-
-        def sums(values: Tensor) -> Tensor:
-            return torch.zeros(*values.shape[:-1], num_groups, dtype=values.dtype).index_add_(-1, groups, values)
-
-        influences = None if self.influences is None else sums(self.influences)
-        return BandScores(sums(self.bands), influences, self.spread)
+        return self._changed(
+            lambda values: torch.zeros(*values.shape[:-1], num_groups, dtype=values.dtype).index_add_(
+                -1, groups, values
+            )
+        )
 
     def __add__(self, other: BandScores) -> BandScores:
         """Return sums of scores of the same columns."""
-        influences = None
-        if self.influences is not None and other.influences is not None:
-            influences = self.influences + other.influences
-        return BandScores(self.bands + other.bands, influences, self.spread)
+        return _combined([self, other], lambda values: torch.stack(values).sum(0))
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> BandScores:
+        """Return the same with all tensors changed alike, by a function that is linear in the training examples."""
+        return _combined([self], lambda values: change(values[0]))
 
     def top_probabilities(self, top_k: int) -> Float64[Tensor, "queries train"]:
         """Return the probability that each example is among the `top_k` with the largest expected scores.
@@ -155,11 +202,12 @@ def score_bands(
     query: Float64[Tensor, "queries bands replicates d"],
     train: Float64[Tensor, "train bands replicates d"],
     inverse: Float64[Tensor, " d"],
+    left_out: Float64[Tensor, "queries bands groups d"] | None = None,
     *,
     normalise: bool = False,
     independent: bool = True,
 ) -> BandScores:
-    """Return the scores of features in the kernel's eigenbasis, band by band, with the influence of each replicate.
+    """Return the scores of features in the kernel's eigenbasis, band by band, and what is known of their errors.
 
     With means over replicates q and t, the influence of replicate r on `q . t` is `q_r . t + q . t_r - 2 q . t`.
 
@@ -167,34 +215,42 @@ def score_bands(
         query: features of queries.
         train: features of training examples.
         inverse: diagonal of the preconditioner.
-        normalise: divide by the norms, for cosines.
+        left_out: of the queries, as `LeaveOut.of` returns it; None: no errors from the projection.
+        normalise: divide by the norms, for cosines; they are taken as fixed.
         independent: whether replicates, and bands, are of independent draws.
     """
-    num_bands, num_replicates = train.shape[1:3]
-    query, train = query * inverse.sqrt(), train * inverse.sqrt()
-    if normalise:
-        query, train = (
-            x / x.mean(2).flatten(1).norm(dim=1).clamp(min=1e-300).view(-1, 1, 1, 1) for x in (query, train)
-        )
-        query, train = query * num_bands**0.5, train * num_bands**0.5
+    norms = [(x.mean(2).square() * inverse).sum(2).mean(1).sqrt().clamp(min=1e-300) for x in (query, train)]
+    query = query * inverse
     query_mean, train_mean = query.mean(2), train.mean(2)
     bands = torch.einsum("qbd,nbd->bqn", query_mean, train_mean)
-    if num_replicates == 1 or not independent:
-        return BandScores(bands, None, spread=independent)
-    influences = torch.einsum("qbrd,nbd->rbqn", query, train_mean) + torch.einsum("qbd,nbrd->rbqn", query_mean, train)
-    return BandScores(bands, influences - 2 * bands)
+    projection = None if left_out is None else torch.einsum("qbgd,nbd->gqn", left_out, train_mean) / len(bands)
+    influences = crossed = None
+    num_replicates = train.shape[2] if independent else 1
+    if num_replicates == 2:
+        like, unlike = (torch.einsum("qbrd,nbrd->rbqn", query, side) for side in (train, train.flip(2)))
+        crossed = torch.stack([like[0] - like[1], unlike[0] - unlike[1], (like - unlike).sum(0)]) / 2
+    elif num_replicates > 2:
+        of_query = torch.einsum("qbrd,nbd->rbqn", query, train_mean)
+        influences = of_query + torch.einsum("qbd,nbrd->rbqn", query_mean, train) - 2 * bands
+    found = BandScores(bands, influences, crossed, projection, spread=independent)
+    return found.scaled(1 / (norms[0][:, None] * norms[1])) if normalise else found
 
 
 def join(parts: list[BandScores]) -> BandScores:
     """Return the scores of all training examples, from those of parts of them."""
-    first = parts[0]
-    influences = None
-    if first.influences is not None:
-        influences = torch.cat([part.influences for part in parts if part.influences is not None], dim=3)
-    return BandScores(torch.cat([part.bands for part in parts], dim=2), influences, first.spread)
+    return _combined(parts, lambda values: torch.cat(values, dim=-1))
 
 
 def mean(members: Sequence[BandScores]) -> BandScores:
     """Return the mean of scores of the same examples by several teachers, whose draws, and errors, go together."""
     first, *others = members
     return sum(others, start=first).scaled(1 / len(members)) if others else first
+
+
+def _combined(parts: Sequence[BandScores], combine: Callable[[list[Tensor]], Tensor]) -> BandScores:
+    """Return scores whose tensors are those of the parts combined, of those that all parts have."""
+    found: dict[str, Any] = {}
+    for name in ("bands", "influences", "crossed", "projection"):
+        values = [getattr(part, name) for part in parts]
+        found[name] = None if any(value is None for value in values) else combine(values)
+    return BandScores(spread=parts[0].spread, **found)

@@ -485,7 +485,7 @@ def test_refinement_asks_about_the_same_part(pixel_attributor: Attributor) -> No
     encoded = encode_examples(attributor.estimator, scorer.examples, ids)
     train = torch.cat([attributor.store.read_features(ids), fresh_draws(attributor.estimator, encoded, ids, 0)], dim=2)
     query = torch.cat([scorer.features(masked[0]), left], dim=2)
-    expected = scorer.score(query, train, Choice("dot", "bands", 0.1)).scores[0]
+    expected = scorer.score(scorer.prepare(query, Choice("dot", "bands", 0.1), errors=False), train).scores[0]
     np.testing.assert_allclose(result.scores, expected.numpy(), rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 

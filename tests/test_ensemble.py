@@ -14,6 +14,7 @@ from carv_attrib.ensemble import featurize_ensemble
 from carv_attrib.errors import ArgumentError, StoreCorruptError, StoreError, StoreMismatchError
 from carv_attrib.estimator import Estimator
 from carv_attrib.inspection import verify
+from carv_attrib.scores import BandScores
 from tests.conftest import SETTINGS
 
 
@@ -41,8 +42,9 @@ def test_scores_are_means_over_the_teachers(index: Path, picture: Path) -> None:
     scores, errors = opened.scores_with_errors([picture], labels=[1])
     each = [one.band_scores([picture], labels=[1]) for one in alone]
     np.testing.assert_allclose(scores, (each[0].scores + each[1].scores) / 2, rtol=1e-9)
-    deviations = (each[0].deviations + each[1].deviations) / 2  # of the same draws
-    np.testing.assert_allclose(errors, deviations.square().sum(0).sqrt(), rtol=1e-9)
+    alike, projection = ((getattr(each[0], n) + getattr(each[1], n)) / 2 for n in ("crossed", "projection"))
+    together = BandScores((each[0].bands + each[1].bands) / 2, None, alike, projection)  # of the same draws
+    np.testing.assert_allclose(errors, together.standard_errors, rtol=1e-9)
     assert not np.allclose(each[0].scores, each[1].scores, rtol=0.1)
 
     result = opened.query(picture, label=1, top_k=20, opponents=True, group_by="label", timesteps=(0, 50))

@@ -23,6 +23,9 @@ from carv_attrib.report.formatting import format_error, format_number, visible
 from carv_attrib.report.measures import measures_table
 from carv_attrib.variance import Measured
 
+MISSED = {"target_se": 0.08, "draws_taken": 64}
+COLUMNS = "rank role id key score standard_error projection_error low high top_probability label caption".split()
+
 MARKUP = """</script><script>alert(1)</script><img src=http://evil.test/x.png onerror="x"> '[bold red]hi[/]"""
 HOSTILE = f"{MARKUP} \x1b[2J\x07\u202egnp"
 NEUTRAL = rf"{MARKUP} \x1b[2J\x07\u202egnp"
@@ -37,6 +40,7 @@ def picture(size: int = 32, kind: str = "PNG") -> bytes:
 def match(id: int = 7, score: float = 0.8416, standard_error: float | None = 0.0512, **fields: object) -> Match:
     known = standard_error is not None
     values = {
+        "projection_error": 0.0 if known else None,
         "low": score - 2 * standard_error if standard_error is not None else None,
         "high": score + 2 * standard_error if standard_error is not None else None,
         "top_probability": 0.95 if known else None,
@@ -74,8 +78,9 @@ def hostile() -> QueryResult:
     )
 
 
-def spread(**fields: object) -> QueryResult:
-    return result(proponents=(match(top_probability=0.5), match(9, 0.25, 0.2, top_probability=0.7)), **fields)
+def spread(projection_error: float = 0.0, **fields: object) -> QueryResult:
+    second = match(9, 0.25, 0.2, top_probability=0.7, projection_error=projection_error)
+    return result(proponents=(match(top_probability=0.5), second), **fields)
 
 
 def terminal_text(answer: QueryResult, width: int = 200) -> str:
@@ -120,8 +125,12 @@ def test_arrays_are_those_of_the_proponents() -> None:
         (result(settings={"target_se": 0.1}), ""),
         (
             spread(),
-            "The noise draws do not settle the ranking: of these 2, 1.2 are expected to be among the true first 2. "
+            "The errors leave the ranking open: of these 2, 1.2 are expected to be among the true first 2. "
             "More draws tell: refine the query, or featurize with more.",
+        ),
+        (
+            spread(projection_error=0.15),
+            "true first 2. Most of the error is from the random projection: featurize with a larger `proj_dim`.",
         ),
         (
             result(settings={"target_se": 0.05, "draws_taken": 64}),  # an opponent's
@@ -131,9 +140,17 @@ def test_arrays_are_those_of_the_proponents() -> None:
             spread(settings={"target_se": 0.1, "draws_taken": 64}),
             "More draws tell: allow more `max_draws`. A standard error is 0.2, above the 0.1 that was aimed at; it",
         ),
+        (
+            result(proponents=(match(standard_error=0.1, projection_error=0.06),), settings=MISSED),
+            "A standard error is 0.1, above the 0.08 that was aimed at; it takes `max_draws` of about 147.",
+        ),
+        (
+            result(proponents=(match(standard_error=0.1, projection_error=0.09),), settings=MISSED),
+            "0.08 that was aimed at; 0.09 of it is from the random projection, however many draws: featurize with a",
+        ),
     ],
 )
-def test_what_the_draws_do_not_tell_is_said(answer: QueryResult, warning: str) -> None:
+def test_what_the_errors_leave_open_is_said(answer: QueryResult, warning: str) -> None:
     assert warning in answer.warning
     assert bool(warning) == bool(answer.warning)
     assert warning in " ".join(terminal_text(answer).split())
@@ -153,6 +170,7 @@ def test_dict_round_trips_through_json() -> None:
         "key": "train/00009.png",
         "score": 0.25,
         "standard_error": None,
+        "projection_error": None,
         "low": None,
         "high": None,
         "top_probability": None,
@@ -196,9 +214,7 @@ def test_csv_leaves_missing_values_empty() -> None:
 
 def test_pandas_columns_and_types() -> None:
     frame = result().to_pandas()
-    assert list(frame.columns) == (
-        ["rank", "role", "id", "key", "score", "standard_error", "low", "high", "top_probability", "label", "caption"]
-    )
+    assert list(frame.columns) == (list(COLUMNS))
     assert frame["role"].tolist() == ["proponent", "proponent", "opponent"]
     assert frame["rank"].tolist() == [1, 2, 1]
     assert (frame["id"].dtype, frame["standard_error"].dtype) == (np.int64, np.float64)

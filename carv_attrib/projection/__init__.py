@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from carv_attrib.config import ProjectionConfig
@@ -35,6 +35,11 @@ class Projector(Protocol):
     """A linear map from per-example gradients to `proj_dim` numbers that preserves inner products in expectation."""
 
     proj_dim: int
+
+    @property
+    def families(self) -> Int64[Tensor, "families proj_dim"]:
+        """Numbers of groups of coordinates: those that share random numbers are together in one of the families."""
+        ...
 
     def keep(self, layer: Layer, inputs: Tensor) -> Tensor:
         """Return what the backward pass will need of a layer's inputs."""

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from carv_attrib.projection.layer import Layer, weight_gradient
+from carv_attrib.projection.layer import Layer, independent_groups, weight_gradient
 from carv_attrib.seeding import random_bools, random_normals, stream_key
 
 ENTRIES_PER_BLOCK = 2**20
@@ -27,6 +27,11 @@ class DenseProjector:
         self.proj_dim = proj_dim
         self._kind = kind
         self._seed = seed
+
+    @property
+    def families(self) -> Int64[Tensor, "1 proj_dim"]:
+        """Coordinates share nothing: any groups will do."""
+        return independent_groups(self.proj_dim)
 
     def _entries(self, layer: Layer, start: int, stop: int, device: torch.device | str) -> Tensor:
         """Return normals, or zeros and ones in place of signs, for parameters `start` to `stop` of a layer."""

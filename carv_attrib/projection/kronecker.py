@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from carv_attrib.projection.layer import Layer, padded
+from carv_attrib.projection.layer import NUM_GROUPS, Layer, padded
 from carv_attrib.seeding import random_signs, stream_key
 
 
@@ -101,12 +101,32 @@ class KroneckerProjector:
     ) -> None:
         self._drawn = {layer.name: draw_factors(layer, rank, seed) for layer in layers}
         self._placed: dict[tuple[str, torch.device, torch.dtype], Factors] = {}
-        self._dims = {layer.name: math.prod(ranks(layer, rank)) for layer in layers}
+        self._rank = rank
+        self._ranks = {layer.name: ranks(layer, rank) for layer in layers}
+        self._is_exact = all(self._ranks[layer.name] == (layer.in_dim, layer.out_dim) for layer in layers)
+        self._dims = {name: math.prod(sides) for name, sides in self._ranks.items()}
         self._block_dim = sum(self._dims.values())
         self.proj_dim = min(proj_dim, self._block_dim)
         self._depth = math.ceil(self._block_dim / self.proj_dim)
         padded_dim = self._depth * self.proj_dim
         self._signs = random_signs(stream_key(seed, "kronecker", "fold signs"), 0, padded_dim, device)
+
+    @property
+    def families(self) -> Int64[Tensor, "families proj_dim"]:
+        """Coordinates that share a column of P_out, and those that share one of P_in, in most of the layers folded.
+
+        No families, where nothing is random.
+        """
+        if self._depth == 1 and self._is_exact:
+            return torch.zeros(0, self.proj_dim, dtype=torch.int64)
+        columns = [
+            torch.cartesian_prod(torch.arange(r_out), torch.arange(r_in)).T + number * self._rank
+            for number, (r_in, r_out) in enumerate(self._ranks.values())
+        ]
+        numbers = torch.cat(columns, 1) % NUM_GROUPS
+        last = (self._depth - 1) * self.proj_dim  # the last row of the fold may be shorter
+        numbers = torch.cat([numbers, numbers[:, self._block_dim - last : self.proj_dim]], 1)
+        return numbers.view(2, self._depth, self.proj_dim).mode(1).values
 
     def matrices(
         self, layer: Layer

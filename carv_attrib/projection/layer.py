@@ -9,9 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+NUM_GROUPS = 16
+"""Of coordinates that are left out together, in each family: as many squares are in a standard error."""
 
 
 @dataclass(frozen=True)
@@ -80,3 +83,8 @@ def weight_gradient(layer: Layer, inputs: Tensor, output_gradients: Tensor) -> F
     tokens_in, tokens_out = layer.tokens_in(inputs), layer.tokens_out(output_gradients)
     dtype = torch.promote_types(tokens_in.dtype, torch.float32)
     return torch.einsum("ntgo,ntgi->ngoi", tokens_out.to(dtype), tokens_in.to(dtype)).flatten(1)
+
+
+def independent_groups(proj_dim: int) -> Int64[Tensor, "1 proj_dim"]:
+    """Return one family of groups, for a projection whose coordinates share no random numbers."""
+    return torch.arange(proj_dim)[None] % NUM_GROUPS

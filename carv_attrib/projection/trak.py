@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from carv_attrib.errors import ArgumentError
-from carv_attrib.projection.layer import Layer, weight_gradient
+from carv_attrib.projection.layer import Layer, independent_groups, weight_gradient
 from carv_attrib.seeding import stream_key
 
 
@@ -49,6 +49,11 @@ class TrakProjector:
                 raise ArgumentError(
                     f"`projection` trak-cuda needs a CUDA device and the `fast_jl` package ({reason}); use kronecker."
                 ) from err
+
+    @property
+    def families(self) -> Int64[Tensor, "1 proj_dim"]:
+        """Coordinates share nothing: any groups will do."""
+        return independent_groups(self.proj_dim)
 
     def keep(self, layer: Layer, inputs: Tensor) -> Tensor:
         """Return a copy of the inputs: the network may change its own in place."""

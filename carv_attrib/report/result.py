@@ -27,6 +27,7 @@ _COLUMNS = (
     "key",
     "score",
     "standard_error",
+    "projection_error",
     "low",
     "high",
     "top_probability",
@@ -44,11 +45,12 @@ class Match:
         id: Row of the example in the index.
         key: Name of the example in its data set, such as a file name.
         score: Estimated effect on the query; positive: keeping the example lowers the teacher's loss.
-        standard_error: Monte-Carlo standard error of the score over the noise draws, or None (say, with one draw).
-        low: Lower end of the 90 % interval of the score over the noise draws, or None.
+        standard_error: Standard error of the score over noise draws and random projections, or None (with one draw).
+        projection_error: The part of it that is from the projection, which more draws do not lower, or None.
+        low: Lower end of the 90 % interval of the score, or None.
         high: Upper end of it.
         top_probability: Probability that the example is among the first k, k being as many as were asked for, by its
-            expected score over the noise draws; or None.
+            expected score; or None.
         label: Class label, if the data set has one.
         caption: Text that belongs to the picture, if the data set has one.
         thumbnail: The picture as PNG or JPEG bytes.
@@ -59,6 +61,7 @@ class Match:
     key: str
     score: float
     standard_error: float | None
+    projection_error: float | None
     low: float | None
     high: float | None
     top_probability: float | None
@@ -76,11 +79,11 @@ class GroupScore:
         name: What they have in common: a label, a caption, a folder, or a value of a column; empty for none.
         num_examples: How many they are.
         score: Sum of their scores.
-        standard_error: Monte-Carlo standard error of the sum over the noise draws, or None.
+        standard_error: Standard error of the sum over noise draws and random projections, or None.
         low: Lower end of the 90 % interval, or None.
         high: Upper end of it.
         share: Sum of the positive ones of their scores, over that of all training examples; None if none is positive.
-        share_standard_error: Monte-Carlo standard error of the share, or None.
+        share_standard_error: Standard error of the share, or None.
         share_low: Lower end of its 90 % interval, or None.
         share_high: Upper end of it.
     """
@@ -144,7 +147,7 @@ class QueryResult:
 
     @property
     def warning(self) -> str:
-        """What to say where the noise draws do not tell what was asked, else an empty string."""
+        """What to say where the errors leave open what was asked, else an empty string."""
         return " ".join(filter(None, [self._ranking_warning, self._target_warning]))
 
     @property
@@ -153,25 +156,36 @@ class QueryResult:
         known = [probability for probability in probabilities if is_known(probability)]
         if len(known) < len(probabilities) or sum(known) >= _RESOLVED * len(known):
             return ""
-        more = (
-            "allow more `max_draws`" if "draws_taken" in self.settings else "refine the query, or featurize with more"
+        errors, of_projection = (
+            sum(getattr(match, name) ** 2 for match in self.proponents)
+            for name in ("standard_error", "projection_error")
         )
+        if of_projection > errors / 2:
+            more = "Most of the error is from the random projection: featurize with a larger `proj_dim`."
+        elif "draws_taken" in self.settings:
+            more = "More draws tell: allow more `max_draws`."
+        else:
+            more = "More draws tell: refine the query, or featurize with more."
         return (
-            f"The noise draws do not settle the ranking: of these {len(known)}, {sum(known):.1f} are expected to be "
-            f"among the true first {len(known)}. More draws tell: {more}."
+            f"The errors leave the ranking open: of these {len(known)}, {sum(known):.1f} are expected to be among the "
+            f"true first {len(known)}. {more}"
         )
 
     @property
     def _target_warning(self) -> str:
-        errors = [match.standard_error or 0.0 for match in (*self.proponents, *self.opponents)]
-        target, reached = self.settings.get("target_se"), max(errors, default=0.0)
-        if target is None or reached <= float(target):
+        target = float(self.settings.get("target_se", math.inf))
+        pairs = [(m.standard_error or 0.0, m.projection_error or 0.0) for m in (*self.proponents, *self.opponents)]
+        reached, of_projection = max(pairs, default=(0.0, 0.0))
+        if reached <= target:
             return ""
-        needed = math.ceil(float(self.settings["draws_taken"]) * (reached / float(target)) ** 2)
-        return (
-            f"A standard error is {reached:.3g}, above the {target:g} that was aimed at; it takes `max_draws` of about "
-            f"{needed}."
-        )
+        aim = f"A standard error is {reached:.3g}, above the {target:g} that was aimed at"
+        if of_projection >= target:
+            return (
+                f"{aim}; {of_projection:.3g} of it is from the random projection, however many draws: featurize with a "
+                "larger `proj_dim`."
+            )
+        ratio = (reached**2 - of_projection**2) / (target**2 - of_projection**2)
+        return f"{aim}; it takes `max_draws` of about {math.ceil(float(self.settings['draws_taken']) * ratio)}."
 
     def to_pandas(self) -> pandas.DataFrame:
         """Return one row a match, with its rank, its role and what `Match` has but the thumbnail.
@@ -184,7 +198,7 @@ class QueryResult:
         except ImportError as err:
             raise CarvError("`to_pandas` needs pandas, which is not installed; run `pip install pandas`.") from err
         frame = pandas.DataFrame(list(self._rows()), columns=list(_COLUMNS))
-        numbers = ("score", "standard_error", "low", "high", "top_probability")
+        numbers = ("score", "standard_error", "projection_error", "low", "high", "top_probability")
         return frame.astype({"rank": "int64", "id": "int64"} | dict.fromkeys(numbers, "float64"))
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,0 +1,102 @@
+"""Errors from the projection against scores with coordinates left out, and against the spread over projections."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from carv_attrib.kernel import decompose
+from carv_attrib.leave_out import LeaveOut
+from carv_attrib.projection import DenseProjector, KroneckerProjector, Layer, Projector
+from carv_attrib.projection.layer import NUM_GROUPS, independent_groups
+
+DAMPING, NUM_LAYERS, SIZE, NUM_TRAIN, NUM_QUERIES, BANDS = 1.0, 7, 40, 40, 2, 2
+
+
+def scores_and_variance(features: Tensor, families: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scores of the first examples, as queries, for the others, and their variance over projections."""
+    features = features.double().view(-1, BANDS, features.shape[-1])
+    query, train = features[:NUM_QUERIES], features[NUM_QUERIES:]
+    flat = train.flatten(0, 1)
+    kernel = decompose(flat.T @ flat, len(flat))
+    inverse = kernel.inverse("preconditioned", DAMPING)
+    query, train = query @ kernel.eigenvectors, train @ kernel.eigenvectors
+    moved = torch.einsum("qbgd,nbd->gqn", LeaveOut(kernel, inverse, families).of(query), train) / BANDS
+    return torch.einsum("qbd,nbd->qn", query * inverse, train) / BANDS, moved.square().sum(0)
+
+
+def test_a_group_is_left_out_of_query_examples_and_kernel_at_the_same_lambda() -> None:
+    generator = torch.Generator().manual_seed(0)
+    train, query = (torch.randn(n, 12, generator=generator).double() for n in (30, 2))
+    family = torch.arange(12) % 4
+    kernel = decompose(train.T @ train, 30)
+    inverse = kernel.inverse("preconditioned", DAMPING)
+    found = LeaveOut(kernel, inverse, family[None]).of((query @ kernel.eigenvectors)[:, None])[:, 0]
+    lam = DAMPING * kernel.eigenvalues.mean()
+
+    def scores(kept: Tensor) -> Tensor:
+        own = train[:, kept]
+        return query[:, kept] @ torch.linalg.solve(own.T @ own / 30 + lam * torch.eye(int(kept.sum())), own.T)
+
+    changes = torch.stack([scores(family >= 0) - scores(family != number) for number in range(4)])
+    expected = (changes - changes.mean(0)) * 0.75**0.5
+    torch.testing.assert_close(torch.einsum("qgd,nd->gqn", found, train @ kernel.eigenvectors), expected)
+
+
+def gradients(tokens: int) -> tuple[list[Layer], Tensor, Tensor]:
+    """Return layers, and activations and output gradients, (layers, rows, tokens, SIZE), that are alike in part."""
+    generator = torch.Generator().manual_seed(1)
+    rows = (NUM_TRAIN + NUM_QUERIES) * BANDS
+    sides = torch.randn(2, NUM_LAYERS, rows, tokens, SIZE, generator=generator)
+    common = torch.randn(2, NUM_LAYERS, 1, tokens, SIZE, generator=generator)
+    layers = [Layer(f"layer{i}", nn.Linear(SIZE, SIZE, bias=False)) for i in range(NUM_LAYERS)]
+    return layers, *(sides + common)
+
+
+def project(projector: Projector, layers: list[Layer], activations: Tensor, outputs: Tensor) -> Tensor:
+    """Return the features of all rows."""
+    blocks = {
+        layer.name: projector.block(layer, projector.keep(layer, a), d)
+        for layer, a, d in zip(layers, activations, outputs, strict=True)
+    }
+    return projector.combine(blocks)
+
+
+@pytest.mark.parametrize("kind", ["normal", "rademacher", "kronecker"])
+def test_squares_sum_to_the_variance_over_projections(kind: str) -> None:
+    """Kronecker blocks of one token have rank one: coordinates share so much that any groups would see too little."""
+    layers, activations, outputs = gradients(tokens=1)
+    runs: list[tuple[Tensor, ...]] = []
+    for seed in range(150):
+        projector: Projector = DenseProjector(kind, 128, seed)
+        if kind == "kronecker":
+            projector = KroneckerProjector(layers, 8, 128, seed, "cpu")
+        features = project(projector, layers, activations, outputs)
+        scores, variance = scores_and_variance(features, projector.families)
+        runs.append((scores, variance, scores_and_variance(features, independent_groups(128))[1]))
+    scores, variance, independent = (torch.stack(values) for values in zip(*runs, strict=True))
+    true = scores.var(0).mean()
+    assert 0.85 < variance.mean() / true < 1.2
+    if kind == "kronecker":
+        assert independent.mean() / true < 0.85
+
+
+def test_what_is_not_random_has_no_error() -> None:
+    layers = [Layer("small", nn.Linear(4, 3))]
+    assert KroneckerProjector(layers, 8, 15, 0, "cpu").families.shape == (0, 15)
+    assert KroneckerProjector(layers, 8, 7, 0, "cpu").families.shape == (2, 7)  # the fold is random
+    assert KroneckerProjector(layers, 2, 15, 0, "cpu").families.shape[0] == 2
+    features = torch.randn((NUM_TRAIN + NUM_QUERIES) * BANDS, 15, generator=torch.Generator().manual_seed(0))
+    _, variance = scores_and_variance(features, torch.zeros(0, 15, dtype=torch.int64))
+    assert (variance == 0).all()
+
+
+def test_groups_follow_the_blocks_behind_a_layer_of_another_size() -> None:
+    """The first block has 260 entries, so that all others begin four coordinates later."""
+    layers = [Layer("first", nn.Conv2d(1, 64, 3)), *(Layer(str(i), nn.Linear(64, 64)) for i in range(20))]
+    columns_of_out, columns_of_in = KroneckerProjector(layers, 16, 2048, 0, "cpu").families
+    blocks = (torch.arange(2048) - 4) % 256
+    assert (columns_of_out == blocks // 16).all()
+    assert (columns_of_in == blocks % 16).all()
+    assert len(columns_of_in.unique()) == NUM_GROUPS
