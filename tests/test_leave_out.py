@@ -10,6 +10,7 @@ from carv_attrib.kernel import decompose
 from carv_attrib.leave_out import LeaveOut
 from carv_attrib.projection import DenseProjector, KroneckerProjector, Layer, Projector
 from carv_attrib.projection.layer import NUM_GROUPS, independent_groups
+from carv_attrib.scores import score_bands
 
 DAMPING, NUM_LAYERS, SIZE, NUM_TRAIN, NUM_QUERIES, BANDS = 1.0, 7, 40, 40, 2, 2
 
@@ -80,6 +81,36 @@ def test_squares_sum_to_the_variance_over_projections(kind: str) -> None:
     assert 0.85 < variance.mean() / true < 1.2
     if kind == "kronecker":
         assert independent.mean() / true < 0.85
+
+
+def both_sides(noise: float, seed: int) -> tuple[Tensor, Tensor, Tensor, LeaveOut]:
+    """Return queries and examples with draws and a projection of their own, the preconditioner, and what is left out."""
+    fixed, generator = torch.Generator().manual_seed(1), torch.Generator().manual_seed(seed)
+    means = torch.randn(NUM_QUERIES + NUM_TRAIN, 1, 1, 200, generator=fixed) + torch.randn(200, generator=fixed)
+    common, own = (torch.randn(size, 4, 2, 200, generator=generator) for size in (1, len(means)))
+    gradients = means + noise * (common + own)
+    features = (gradients @ torch.randn(200, 64, generator=generator) / 8).double()
+    flat = features[NUM_QUERIES:].flatten(0, 2)
+    kernel = decompose(flat.T @ flat, len(flat))
+    inverse, rotated = kernel.inverse("preconditioned", DAMPING), features @ kernel.eigenvectors
+    return rotated[:NUM_QUERIES], rotated[NUM_QUERIES:], inverse, LeaveOut(kernel, inverse, independent_groups(64))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5, 2.0])
+def test_draws_and_projection_together_make_the_spread(noise: float) -> None:
+    """What a projection does to the noise of draws is in the errors of draws, and must not be counted again."""
+    scores, errors, of_projection = [], [], []
+    for seed in range(300):
+        query, train, inverse, leave_out = both_sides(noise, seed)
+        lasting, whole = leave_out.lasting(query, train), leave_out.of(query.mean(2))
+        found = score_bands(query, train, inverse, lasting)
+        scores.append(found.scores)
+        errors.append(found.standard_errors.square().mean())
+        of_projection.append(lasting.square().sum() / whole.square().sum())
+    assert 0.85 < torch.stack(errors).mean() / torch.stack(scores).var(0).mean() < 1.6
+    if noise == 0:
+        torch.testing.assert_close(torch.stack(of_projection), torch.ones(300).double())
+    assert torch.stack(of_projection).mean() < {0.0: 1.01, 0.5: 0.95, 2.0: 0.5}[noise]
 
 
 def test_what_is_not_random_has_no_error() -> None:
