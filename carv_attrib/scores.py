@@ -54,8 +54,8 @@ class BandScores:
     def draw_deviations(self) -> Float64[Tensor, "deviations queries train"]:
         """Independent parts of the error from the draws, which all examples share; none where nothing is known.
 
-        With two replicates of each band, eq. (10); with more, a jackknife, (10*); with one, (10'), the deviations of bands
-        from their mean, which also hold the trend over timesteps.
+        With two replicates of each band, eq. (10); with more, (10*), a jackknife; with one, (10'), the deviations of
+        bands from their mean, which also hold the trend over timesteps.
         """
         num_bands = len(self.bands)
         if self.crossed is not None:

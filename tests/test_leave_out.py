@@ -84,7 +84,7 @@ def test_squares_sum_to_the_variance_over_projections(kind: str) -> None:
 
 
 def both_sides(noise: float, seed: int) -> tuple[Tensor, Tensor, Tensor, LeaveOut]:
-    """Return queries and examples with draws and a projection of their own, the preconditioner, and what is left out."""
+    """Return queries and examples under draws and a projection of a seed, the preconditioner, and what is left out."""
     fixed, generator = torch.Generator().manual_seed(1), torch.Generator().manual_seed(seed)
     means = torch.randn(NUM_QUERIES + NUM_TRAIN, 1, 1, 200, generator=fixed) + torch.randn(200, generator=fixed)
     common, own = (torch.randn(size, 4, 2, 200, generator=generator) for size in (1, len(means)))
