@@ -12,8 +12,8 @@ are 200 turned, scaled and shifted pictures of the other 100 digits; their own f
 Each store is indexed twice, in a process of its own: `Flat` (exact search), and with `target_recall=0.99`. `build` is
 `build_index`: kernel, training, coding, choosing the parameters, writing. Peak memory is the process's largest resident
 set, in which mapped files count too. A query is timed from its features to the scores of its candidates, with errors
-of the draws but not of the projection; the files were read before (the page cache is warm). Recall: which of the exact ten it finds, over the other half of the
-queries than that on which the parameters were chosen, with the standard error.
+of the draws but not of the projection; the files were read before (the page cache is warm). Recall: which of the exact
+ten it finds, over the other half of the queries than that on which the parameters were chosen, with the standard error.
 """
 
 from __future__ import annotations
