@@ -29,6 +29,8 @@ from carv_attrib.scores import BandScores, join, mean
 from carv_attrib.store import FeatureStore
 from carv_attrib.teacher import Teacher
 
+_QUERIES_AT_ONCE = 64  # errors take megabytes of each
+
 ImageLike = str | Path | Image.Image
 TeacherLike = Teacher | str | Path
 
@@ -245,9 +247,13 @@ class Attributor:
             DataError: if an image cannot be read.
         """
         choice = self._resolve(score, kernel, damping)
-        parts = self._part_scores(self._features(images, prompts, labels), choice)
-        pairs = [(part.scores.numpy(), part.standard_errors.numpy()) for part in parts]
-        scores, errors = (np.concatenate(values, axis=1)[:, self._order] for values in zip(*pairs, strict=True))
+        features = self._features(images, prompts, labels)
+        rows = []
+        for start in range(0, len(images), _QUERIES_AT_ONCE):
+            parts = self._part_scores([own[start : start + _QUERIES_AT_ONCE] for own in features], choice)
+            pairs = [(part.scores.numpy(), part.standard_errors.numpy()) for part in parts]
+            rows.append([np.concatenate(values, axis=1) for values in zip(*pairs, strict=True)])
+        scores, errors = (np.concatenate(values)[:, self._order] for values in zip(*rows, strict=True))
         return scores, errors
 
     def band_scores(

@@ -77,6 +77,20 @@ def test_a_query_returns_what_the_matrix_of_scores_says(
     assert (errors > 0).all()
 
 
+def test_scores_with_errors_do_not_depend_on_how_many_are_asked(
+    attributor: Attributor, pictures: list[tuple[Image.Image, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, labels = [list(column) for column in zip(*pictures[:3], strict=True)]
+    found = attributor.band_scores(images, labels=labels)
+    monkeypatch.setattr("carv_attrib.attributor._QUERIES_AT_ONCE", 2)
+    scores, errors = attributor.scores_with_errors(images, labels=labels)
+    np.testing.assert_allclose(scores, attributor.scores(images, labels=labels), rtol=1e-9)
+    np.testing.assert_allclose(scores, found.scores.numpy(), rtol=1e-9)
+    np.testing.assert_allclose(errors, found.standard_errors.numpy(), rtol=1e-9)
+    assert 0 < found.projection_errors.max() < errors.max()
+    assert (errors > found.projection_errors.numpy()).all()
+
+
 @pytest.mark.parametrize("kernel", ["bands", "means"])
 @pytest.mark.parametrize("score", ["preconditioned", "dot", "cosine", "preconditioned-cosine"])
 @pytest.mark.parametrize("damping", [0.03, 3.0])
