@@ -75,7 +75,7 @@ class BandScores:
         alike, unlike = torch.stack(parts.square().chunk(2)).sum(1)
         excess = crossed[2].var(0) / num_bands if num_bands > 1 else torch.zeros_like(alike)
         both = alike + unlike
-        variance = torch.stack([both / 2 - excess / 4, alike - 3 * excess / 4, both / 4, excess / 4]).amax(0)
+        variance = torch.stack([both / 2 - excess / 4, alike - 3 * excess / 4, (both + excess) / 8]).amax(0)
         parts = parts * (variance / both.clamp(min=1e-300)).sqrt()
         return parts
 

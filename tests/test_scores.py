@@ -59,7 +59,7 @@ def test_products_of_two_replicates_tell_the_variance_of_their_mean(kind: str) -
     every = [score_bands(q[None], t[None], torch.ones(dim).double()) for q, t in zip(query, train, strict=True)]
     variance = torch.cat([each.scores for each in every]).var()
     estimate = torch.cat([each.standard_errors for each in every]).square().mean()
-    assert 0.95 < estimate / variance < 1.9  # from above: the largest of four
+    assert 0.95 < estimate / variance < 1.9  # from above: the largest of three
 
 
 def test_two_replicates_are_the_contrasts_of_equation_10() -> None:
@@ -70,9 +70,8 @@ def test_two_replicates_are_the_contrasts_of_equation_10() -> None:
         pair.square().sum(0) / 64 for pair in (products[0, 0] - products[1, 1], products[0, 1] - products[1, 0])
     )
     excess = ((products[0, 0] + products[1, 1] - products[0, 1] - products[1, 0]) / 2).var(0) / 4
-    expected = torch.stack(
-        [(like + unlike) / 2 - excess / 4, like - 3 * excess / 4, (like + unlike) / 4, excess / 4]
-    ).amax(0)
+    both = like + unlike
+    expected = torch.stack([both / 2 - excess / 4, like - 3 * excess / 4, (both + excess) / 8]).amax(0)
     torch.testing.assert_close(found.standard_errors, expected.sqrt())
 
 
