@@ -24,7 +24,7 @@ from carv_attrib.kernel import Damping, KernelKind, ScoreKind
 from carv_attrib.records import label_name
 from carv_attrib.refinement import MAX_DRAWS, DatasetLike, Refinement
 from carv_attrib.report import Match, QueryResult
-from carv_attrib.scorer import Choice, Scorer
+from carv_attrib.scorer import Choice, Queries, Scorer
 from carv_attrib.scores import BandScores, join, mean
 from carv_attrib.store import FeatureStore
 from carv_attrib.teacher import Teacher
@@ -171,15 +171,7 @@ class Attributor:
         )
         draws_taken, more = 0, 0
         if refinement:
-            each = [
-                member.refined_scores(own, query, positions, choice, window, refinement)
-                for member, own, query in zip(members, asked, queries, strict=True)
-            ]
-            for rounds in zip(*each, strict=True):
-                scores = mean([refined for refined, _, _ in rounds])
-                draws_taken, more = rounds[0][1], sum(cost for _, _, cost in rounds)
-                if refinement.is_enough(scores):
-                    break
+            scores, draws_taken, more = self._refine(asked, queries, positions, choice, window, refinement)
         else:
             pairs = zip(members, queries, strict=True)
             scores = mean([member.candidate_scores(query, positions, choice, window) for member, query in pairs])
@@ -206,6 +198,29 @@ class Attributor:
                 "seconds": round(time.perf_counter() - started, 3),
             },
         )
+
+    def _refine(
+        self,
+        asked: Sequence[Queries],
+        queries: Sequence[Tensor],
+        positions: Int64[np.ndarray, " candidates"],
+        choice: Choice,
+        window: slice,
+        refinement: Refinement,
+    ) -> tuple[BandScores, int, int]:
+        """Return scores with more draws, how many draws each example has then, and what they cost in all.
+
+        All teachers take as many rounds: until the errors of the mean are small enough.
+        """
+        each = [
+            member.refined_scores(own, query, positions, choice, window, refinement)
+            for member, own, query in zip(self.members, asked, queries, strict=True)
+        ]
+        for rounds in zip(*each, strict=True):
+            scores = mean([refined for refined, _, _ in rounds])
+            if refinement.is_enough(scores):
+                break
+        return scores, rounds[0][1], sum(cost for _, _, cost in rounds)
 
     def scores(
         self,
