@@ -29,7 +29,7 @@ from carv_attrib.scores import BandScores, join, mean
 from carv_attrib.store import FeatureStore
 from carv_attrib.teacher import Teacher
 
-_QUERIES_AT_ONCE = 64  # errors take megabytes of each
+_BANDS_AT_ONCE = 256  # of queries; errors take half a megabyte of each
 
 ImageLike = str | Path | Image.Image
 TeacherLike = Teacher | str | Path
@@ -254,8 +254,8 @@ class Attributor:
     ) -> tuple[Float64[np.ndarray, "queries train"], Float64[np.ndarray, "queries train"]]:
         """Return scores as `scores` does, and their standard errors (NaN where one draw leaves none).
 
-        Errors are over the noise draws and the random projection; they make it about thirty times as dear as `scores`,
-        the features of the images apart.
+        Errors are over the noise draws and the random projection (for cosines, the draws alone); they make it several
+        times as dear as `scores`.
 
         Raises:
             ArgumentError: for a bad value, or labels or prompts that do not fit the teacher or the images.
@@ -263,9 +263,9 @@ class Attributor:
         """
         choice = self._resolve(score, kernel, damping)
         features = self._features(images, prompts, labels)
-        rows = []
-        for start in range(0, len(images), _QUERIES_AT_ONCE):
-            parts = self._part_scores([own[start : start + _QUERIES_AT_ONCE] for own in features], choice)
+        step, rows = max(1, _BANDS_AT_ONCE // features[0].shape[1]), []
+        for start in range(0, len(images), step):
+            parts = self._part_scores([own[start : start + step] for own in features], choice)
             pairs = [(part.scores.numpy(), part.standard_errors.numpy()) for part in parts]
             rows.append([np.concatenate(values, axis=1) for values in zip(*pairs, strict=True)])
         scores, errors = (np.concatenate(values)[:, self._order] for values in zip(*rows, strict=True))
@@ -359,7 +359,7 @@ class Attributor:
                 key=(record := records[int(ids[i])]).key,
                 score=sign * scores[i],
                 standard_error=errors[i] if known else None,
-                projection_error=of_projection[i] if known else None,
+                projection_error=of_projection[i] if known and found.projection is not None else None,
                 low=(ends := _ends(sign * scores[i], reach[i], known))[0],
                 high=ends[1],
                 bands=tuple(sign * score for score in bands[i]),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from carv_attrib.kernel import Kernel
+from carv_attrib.projection.layer import NUM_GROUPS
+
+_NUM_ASKED = 16  # examples that stand for queries, to judge what lasts
 
 
 class LeaveOut:
@@ -16,75 +17,87 @@ class LeaveOut:
 
     Leaving a group S out of query, examples and kernel changes `q A x` by `(A q)_S (A_SS)^-1 (A x)_S`, exactly, at the
     same lambda. Coordinates that share random numbers must be left out together; where they share some with one
-    family of groups and some with another, both are needed, and what they share with none would count twice.
+    family of groups and some with another, both are needed, and what they share with none would count twice. What
+    other draws would not have is in the errors of the draws, and must not be counted either.
     """
 
-    def __init__(self, kernel: Kernel, inverse: Float64[Tensor, " d"], families: Int64[Tensor, "families d"]) -> None:
+    def __init__(
+        self,
+        kernel: Kernel,
+        inverse: Float64[Tensor, " d"],
+        families: Int64[Tensor, "families d"],
+        examples: Float[Tensor, "examples bands replicates d"],
+    ) -> None:
         """Prepare a kernel and a damping.
 
         Args:
             kernel: of the scores.
             inverse: diagonal of its preconditioner.
             families: groups of coordinates by number, as `Projector.families` has them.
+            examples: features of some examples, as `Kernel.averaged` returns them.
         """
-        self._inverse = inverse
-        rows, spread = kernel.eigenvectors, inverse.square() * kernel.eigenvalues  # A H A
-        self._families: list[list[tuple[Tensor, Tensor]]] = []
+        self._rows, self._inverse = kernel.eigenvectors, inverse
+        spread = inverse.square() * kernel.eigenvalues  # A H A
+        self._families: list[list[tuple[int, Tensor, Tensor]]] = []
         expected = 0.0
         for family in families:
-            groups = [rows[family == number] for number in family.unique()]
-            factors = [torch.linalg.cholesky((own * inverse) @ own.T) for own in groups]
-            for own, factor in zip(groups, factors, strict=True):
+            groups = []
+            for number in range(NUM_GROUPS):
+                chosen = (family == number).nonzero()[:, 0]
+                if len(chosen) == 0:
+                    continue
+                own = self._rows[chosen]
+                factor = torch.linalg.cholesky((own * inverse) @ own.T)
                 ratio = torch.cholesky_solve((own * spread) @ own.T, factor)
-                expected += float((ratio * ratio.T).sum()) * (1 - 1 / len(groups)) ** 2
-            self._families.append(list(zip(groups, factors, strict=True)))
-        alone = float(((rows.square() @ spread) / (rows.square() @ inverse)).square().sum())
-        self._once = 1 - (len(families) - 1) * alone / expected if len(families) > 1 else 1.0
+                expected += float((ratio * ratio.T).sum())
+                groups.append((number, chosen, factor))
+            self._families.append(groups)
+        alone = (self._rows.square() @ spread) / (self._rows.square() @ inverse)
+        in_all = alone[(families >= 0).all(0)].square().sum()
+        once = 1 - (len(families) - 1) * float(in_all) / expected if expected else 0.0
+        self._scale = once**0.5
+        self._scale *= self._lasting_share(examples.double() @ self._rows) ** 0.5
 
     def of(self, query: Float64[Tensor, "queries bands d"]) -> Float64[Tensor, "queries bands groups d"]:
-        """Return vectors whose inner products with an example are the deviations of its score.
+        """Return vectors whose inner products with an example are the deviations of its score in a band.
 
         Args:
             query: features in the eigenbasis, without the preconditioner; the result and the example are there too.
         """
-        none = query.new_zeros(*query.shape[:2], 0, query.shape[2])
-        return torch.cat([none, *self._deviations(query * self._inverse)], 2)
+        query = query * self._inverse
+        found: Tensor = query.new_zeros(*query.shape[:2], len(self._families), NUM_GROUPS, query.shape[2])
+        for family, groups in enumerate(self._families):
+            if len(groups) < 2:
+                continue
+            for number, chosen, factor in groups:
+                own = self._rows[chosen]
+                change = torch.cholesky_solve((query @ own.T).flatten(0, 1).T, factor).T @ own
+                found[:, :, family, number] = change.view_as(query) * self._inverse
+            numbers = [number for number, _, _ in groups]
+            sizes = torch.tensor([len(chosen) for _, chosen, _ in groups]).double()
+            means = found[:, :, family].sum(2, keepdim=True) * (sizes / sizes.sum())[:, None]
+            found[:, :, family, numbers] = (found[:, :, family, numbers] - means) * (1 - 1 / len(groups)) ** 0.5
+        found = found.flatten(2, 3) * self._scale
+        return found
 
-    def lasting(
-        self,
-        query: Float64[Tensor, "queries bands replicates d"],
-        examples: Float64[Tensor, "examples bands replicates d"],
-    ) -> Float64[Tensor, "queries bands groups d"]:
-        """Return what `of` does, less what other draws would not have, which is in the errors of the draws already.
+    def _lasting_share(self, examples: Float64[Tensor, "examples bands replicates d"]) -> float:
+        """Return the share of the squares that unlike replicates have in common: what other draws would have too.
 
-        How much that is of the squares is judged by the products of unlike replicates (of unlike bands, where these
-        have one), over some examples.
+        Unlike bands, where these have one replicate. Some of the examples stand for queries.
         """
-        left_out = self.of(query.mean(2))
-        return left_out * self._lasting_share(query, examples, left_out).sqrt().view(-1, 1, 1, 1)
+        num_asked = min(_NUM_ASKED, len(examples) // 2)
+        query, train = examples[:num_asked], examples[num_asked:]
 
-    def _lasting_share(self, query: Tensor, examples: Tensor, left_out: Tensor) -> Float64[Tensor, " queries"]:
-        """Return the share of the squares that unlike replicates have in common."""
-        whole = _products(left_out, examples.mean(2)).mean(0)
+        def deviations(own: Tensor, other: Tensor) -> Float64[Tensor, "bands groups queries examples"]:
+            return torch.einsum("qbgd,nbd->bgqn", self.of(own), other)
+
         if query.shape[2] > 1:
-            pairs = zip(query.unbind(2), examples.unbind(2), strict=True)
-            each = torch.stack([_products(self.of(own), other).mean(0) for own, other in pairs])
+            pairs = zip(query.unbind(2), train.unbind(2), strict=True)
+            each = torch.stack([deviations(*pair).mean(0) for pair in pairs])
         else:
-            each = _products(left_out, examples[:, :, 0])
-        if len(each) == 1:
-            return torch.ones(len(query), dtype=query.dtype)
-        unlike = (each.sum(0).square() - each.square().sum(0)) / (len(each) * (len(each) - 1))
-        shares: Tensor = unlike.sum((0, 2)) / whole.square().sum((0, 2)).clamp(min=1e-300)
-        return shares.clamp(0, 1)
-
-    def _deviations(self, query: Tensor) -> Iterator[Tensor]:
-        """Yield those of each family of groups."""
-        for groups in self._families:
-            changes = [torch.cholesky_solve((query @ own.T).flatten(0, 1).T, factor).T @ own for own, factor in groups]
-            moved = torch.stack(changes, 1).view(*query.shape[:2], len(groups), -1) * self._inverse
-            yield (moved - moved.mean(2, keepdim=True)) * (self._once * (1 - 1 / len(groups))) ** 0.5
-
-
-def _products(left_out: Tensor, examples: Tensor) -> Float64[Tensor, "bands groups queries examples"]:
-    """Return the deviations of the scores of each band."""
-    return torch.einsum("qbgd,nbd->bgqn", left_out, examples)
+            each = deviations(query[:, :, 0], train[:, :, 0])
+        whole = deviations(query.mean(2), train.mean(2)).mean(0).square().sum()
+        if len(each) == 1 or not whole > 0:
+            return 1.0
+        unlike = (each.sum(0).square() - each.square().sum(0)).sum() / (len(each) * (len(each) - 1))
+        return float((unlike / whole).clamp(0, 1))

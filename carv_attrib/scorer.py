@@ -95,7 +95,7 @@ class Scorer:
         self._dataset = dataset
         self._kernels: dict[KernelKind, Kernel] = {}
         self._indexes: dict[Choice, FeatureIndex] = {}
-        self._left_out: dict[Choice, tuple[LeaveOut, Tensor]] = {}
+        self._left_out: dict[Choice, LeaveOut] = {}
         self._encoded_references: Encoded | None = None
         self._references: dict[int, Tensor] = {}
 
@@ -247,21 +247,14 @@ class Scorer:
             query: of all bands.
             choice: of the score.
             window: of the bands that are asked about.
-            errors: whether errors from the projection are wanted, which make scoring dearer.
+            errors: whether errors from the projection are wanted, which make scoring dearer; cosines have none.
             refined: another kernel than that of the index, and features of examples with the draws of the query.
         """
         kernel = refined[0] if refined else self.kernel(choice.kernel)
         inverse = kernel.inverse(choice.score, choice.damping)
         banded, left_out = kernel.banded(query[:, window]), None
-        if errors:
-            families = self.estimator.projector.families
-            if refined:
-                leave_out, examples = LeaveOut(kernel, inverse, families), kernel.banded(refined[1])
-            else:
-                if choice not in self._left_out:
-                    self._left_out[choice] = LeaveOut(kernel, inverse, families), kernel.banded(self._old_references)
-                leave_out, examples = self._left_out[choice]
-            left_out = leave_out.lasting(banded, examples[:, window])
+        if errors and not choice.score.endswith("cosine"):
+            left_out = self._leave_out(choice, inverse, refined).of(banded.mean(2))
         if not choice.score.endswith("cosine"):  # examples need not be rotated then
             banded, inverse = banded * inverse @ kernel.eigenvectors.T, torch.ones_like(inverse)
             left_out = None if left_out is None else left_out @ kernel.eigenvectors.T
@@ -343,6 +336,19 @@ class Scorer:
         elif choice not in self._indexes:
             self._indexes[choice] = FeatureIndex.build(self.store, kernel, score=choice.score, damping=choice.damping)
         return self._indexes[choice]
+
+    def _leave_out(
+        self, choice: Choice, inverse: Float64[Tensor, " d"], refined: tuple[Kernel, Tensor] | None
+    ) -> LeaveOut:
+        """Return what errors from the projection are made of; that of the index is kept until another score comes."""
+        families = self.estimator.projector.families
+        if refined:
+            return LeaveOut(refined[0], inverse, families, refined[1])
+        if choice not in self._left_out:
+            kernel = self.kernel(choice.kernel)
+            examples = kernel.averaged(self._old_references)
+            self._left_out = {choice: LeaveOut(kernel, inverse, families, examples)}
+        return self._left_out[choice]
 
     @cached_property
     def _old_references(self) -> Float[Tensor, "references bands replicates d"]:

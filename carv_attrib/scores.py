@@ -35,7 +35,7 @@ class BandScores:
         crossed: with two replicates, halves of three contrasts of their four products: between those of like
             replicates, between those of unlike ones, and of like less unlike ones; in place of influences.
         projection: what leaving out each group of coordinates of the projection does to the score, scaled so that its
-            squares sum to the variance over projections; None where it was not asked for.
+            squares sum to the variance over projections; None where it is not known.
         spread: whether, without influences, the differences between bands may stand in for them.
     """
 
@@ -90,11 +90,11 @@ class BandScores:
         """Standard errors of the scores, over the draws and the projection; NaN where nothing is known of the draws."""
         if self.degrees_of_freedom == 0:
             return torch.full_like(self.scores, float("nan"))
-        return self.deviations.square().sum(0).sqrt()
+        return (self.draw_deviations.square().sum(0) + self.projection_errors.square()).sqrt()
 
     @property
     def projection_errors(self) -> Float64[Tensor, "queries train"]:
-        """Standard errors over the projection alone, which more draws do not lower; zero if it was not asked for."""
+        """Standard errors over the projection alone, which more draws do not lower; zero if it is not known."""
         if self.projection is None:
             return torch.zeros_like(self.scores)
         return self.projection.square().sum(0).sqrt()
@@ -113,10 +113,10 @@ class BandScores:
         """Satterthwaite's: fewer than the squares, where some of them have most of the variance (eq. (10''))."""
         variance = self.draw_deviations.square().sum(0)
         found = self._draw_degrees_of_freedom()
-        if self.projection is None or len(self.projection) < 2:
+        if self.projection is None:
             return found
         other = self.projection.square().sum(0)
-        together = variance.square() / found + other.square() / (len(self.projection) - 1)
+        together = variance.square() / found + other.square() / (len(self.projection) - 2)
         return (variance + other).square() / together.clamp(min=1e-300)
 
     def _draw_degrees_of_freedom(self) -> Float64[Tensor, "queries train"]:

@@ -82,7 +82,7 @@ def test_scores_with_errors_do_not_depend_on_how_many_are_asked(
 ) -> None:
     images, labels = [list(column) for column in zip(*pictures[:3], strict=True)]
     found = attributor.band_scores(images, labels=labels)
-    monkeypatch.setattr("carv_attrib.attributor._QUERIES_AT_ONCE", 2)
+    monkeypatch.setattr("carv_attrib.attributor._BANDS_AT_ONCE", 8)
     scores, errors = attributor.scores_with_errors(images, labels=labels)
     np.testing.assert_allclose(scores, attributor.scores(images, labels=labels), rtol=1e-9)
     np.testing.assert_allclose(scores, found.scores.numpy(), rtol=1e-9)

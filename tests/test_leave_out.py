@@ -23,7 +23,8 @@ def scores_and_variance(features: Tensor, families: Tensor) -> tuple[Tensor, Ten
     kernel = decompose(flat.T @ flat, len(flat))
     inverse = kernel.inverse("preconditioned", DAMPING)
     query, train = query @ kernel.eigenvectors, train @ kernel.eigenvectors
-    moved = torch.einsum("qbgd,nbd->gqn", LeaveOut(kernel, inverse, families).of(query), train) / BANDS
+    leave_out = LeaveOut(kernel, inverse, families, flat[:, None, None])
+    moved = torch.einsum("qbgd,nbd->gqn", leave_out.of(query), train) / BANDS
     return torch.einsum("qbd,nbd->qn", query * inverse, train) / BANDS, moved.square().sum(0)
 
 
@@ -33,7 +34,8 @@ def test_a_group_is_left_out_of_query_examples_and_kernel_at_the_same_lambda() -
     family = torch.arange(12) % 4
     kernel = decompose(train.T @ train, 30)
     inverse = kernel.inverse("preconditioned", DAMPING)
-    found = LeaveOut(kernel, inverse, family[None]).of((query @ kernel.eigenvectors)[:, None])[:, 0]
+    leave_out = LeaveOut(kernel, inverse, family[None], train[:, None, None])
+    found = leave_out.of((query @ kernel.eigenvectors)[:, None])[:, 0]
     lam = DAMPING * kernel.eigenvalues.mean()
 
     def scores(kept: Tensor) -> Tensor:
@@ -42,7 +44,9 @@ def test_a_group_is_left_out_of_query_examples_and_kernel_at_the_same_lambda() -
 
     changes = torch.stack([scores(family >= 0) - scores(family != number) for number in range(4)])
     expected = (changes - changes.mean(0)) * 0.75**0.5
-    torch.testing.assert_close(torch.einsum("qgd,nd->gqn", found, train @ kernel.eigenvectors), expected)
+    deviations = torch.einsum("qgd,nd->gqn", found, train @ kernel.eigenvectors)
+    torch.testing.assert_close(deviations[:4], expected)
+    assert (deviations[4:] == 0).all()  # groups that are not there
 
 
 def gradients(tokens: int) -> tuple[list[Layer], Tensor, Tensor]:
@@ -83,8 +87,11 @@ def test_squares_sum_to_the_variance_over_projections(kind: str) -> None:
         assert independent.mean() / true < 0.85
 
 
-def both_sides(noise: float, seed: int) -> tuple[Tensor, Tensor, Tensor, LeaveOut]:
-    """Return queries and examples under draws and a projection of a seed, the preconditioner, and what is left out."""
+def both_sides(noise: float, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return queries and examples under draws and a projection of a seed, the preconditioner, and what is left out.
+
+    The latter with and without what other draws would not have.
+    """
     fixed, generator = torch.Generator().manual_seed(1), torch.Generator().manual_seed(seed)
     means = torch.randn(NUM_QUERIES + NUM_TRAIN, 1, 1, 200, generator=fixed) + torch.randn(200, generator=fixed)
     common, own = (torch.randn(size, 4, 2, 200, generator=generator) for size in (1, len(means)))
@@ -93,7 +100,10 @@ def both_sides(noise: float, seed: int) -> tuple[Tensor, Tensor, Tensor, LeaveOu
     flat = features[NUM_QUERIES:].flatten(0, 2)
     kernel = decompose(flat.T @ flat, len(flat))
     inverse, rotated = kernel.inverse("preconditioned", DAMPING), features @ kernel.eigenvectors
-    return rotated[:NUM_QUERIES], rotated[NUM_QUERIES:], inverse, LeaveOut(kernel, inverse, independent_groups(64))
+    query, train, families = rotated[:NUM_QUERIES], rotated[NUM_QUERIES:], independent_groups(64)
+    examples = (features[NUM_QUERIES:], flat[:, None, None])  # without replicates there is no telling them apart
+    both = [LeaveOut(kernel, inverse, families, own).of(query.mean(2)) for own in examples]
+    return query, train, inverse, *both
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5, 2.0])
@@ -101,8 +111,7 @@ def test_draws_and_projection_together_make_the_spread(noise: float) -> None:
     """What a projection does to the noise of draws is in the errors of draws, and must not be counted again."""
     scores, errors, of_projection = [], [], []
     for seed in range(300):
-        query, train, inverse, leave_out = both_sides(noise, seed)
-        lasting, whole = leave_out.lasting(query, train), leave_out.of(query.mean(2))
+        query, train, inverse, lasting, whole = both_sides(noise, seed)
         found = score_bands(query, train, inverse, lasting)
         scores.append(found.scores)
         errors.append(found.standard_errors.square().mean())
@@ -114,13 +123,34 @@ def test_draws_and_projection_together_make_the_spread(noise: float) -> None:
 
 
 def test_what_is_not_random_has_no_error() -> None:
+    """Of a layer with 4 + 1 inputs and 3 outputs; a fold is random in any case."""
     layers = [Layer("small", nn.Linear(4, 3))]
-    assert KroneckerProjector(layers, 8, 15, 0, "cpu").families.shape == (0, 15)
-    assert KroneckerProjector(layers, 8, 7, 0, "cpu").families.shape == (2, 7)  # the fold is random
-    assert KroneckerProjector(layers, 2, 15, 0, "cpu").families.shape[0] == 2
+
+    def random_families(rank: int, proj_dim: int) -> list[bool]:
+        families = KroneckerProjector(layers, rank, proj_dim, 0, "cpu").families
+        assert families.shape == (2, proj_dim)
+        return (families >= 0).any(1).tolist()
+
+    assert random_families(8, 15) == [False, False]
+    assert random_families(3, 9) == [False, True]
+    assert random_families(2, 4) == [True, True]
+    assert random_families(8, 7) == [True, True]
     features = torch.randn((NUM_TRAIN + NUM_QUERIES) * BANDS, 15, generator=torch.Generator().manual_seed(0))
-    _, variance = scores_and_variance(features, torch.zeros(0, 15, dtype=torch.int64))
+    _, variance = scores_and_variance(features, torch.full((2, 15), -1))
     assert (variance == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "rank", "proj_dim"), [(1, 1, 9), (1, 2, 9), (1, 3, 9), (3, 8, 1), (3, 8, 2), (7, 8, 100)]
+)
+def test_few_and_uneven_groups_have_an_error_too(num_layers: int, rank: int, proj_dim: int) -> None:
+    layers, activations, outputs = gradients(tokens=1)
+    chosen = layers[:num_layers]
+    projector = KroneckerProjector(chosen, rank, proj_dim, 0, "cpu")
+    features = project(projector, chosen, activations[:num_layers], outputs[:num_layers])
+    _, variance = scores_and_variance(features, projector.families)
+    assert variance.isfinite().all()
+    assert bool(variance.sum() > 0) == (projector.proj_dim > 1)  # of one coordinate nothing can be left out
 
 
 def test_groups_follow_the_blocks_behind_a_layer_of_another_size() -> None:

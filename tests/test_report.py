@@ -130,7 +130,7 @@ def test_arrays_are_those_of_the_proponents() -> None:
         ),
         (
             spread(projection_error=0.15),
-            "true first 2. Most of the error is from the random projection: featurize with a larger `proj_dim`.",
+            "Most of the error is from the random projection: featurize with a larger `proj_dim`, and `rank`.",
         ),
         (
             result(settings={"target_se": 0.05, "draws_taken": 64}),  # an opponent's
@@ -144,9 +144,15 @@ def test_arrays_are_those_of_the_proponents() -> None:
             result(proponents=(match(standard_error=0.1, projection_error=0.06),), settings=MISSED),
             "A standard error is 0.1, above the 0.08 that was aimed at; it takes `max_draws` of about 147.",
         ),
+        (  # the one that draws cannot help is another than that with the largest error
+            result(
+                proponents=(match(standard_error=0.1), match(1, 0.3, 0.095, projection_error=0.09)), settings=MISSED
+            ),
+            "A standard error is 0.1, above the 0.08 that was aimed at; the random projection alone makes 0.09",
+        ),
         (
             result(proponents=(match(standard_error=0.1, projection_error=0.09),), settings=MISSED),
-            "0.08 that was aimed at; 0.09 of it is from the random projection, however many draws: featurize with a",
+            "aimed at; the random projection alone makes 0.09, however many draws: featurize with a larger",
         ),
     ],
 )

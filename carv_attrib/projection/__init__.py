@@ -38,7 +38,10 @@ class Projector(Protocol):
 
     @property
     def families(self) -> Int64[Tensor, "families proj_dim"]:
-        """Numbers of groups of coordinates: those that share random numbers are together in one of the families."""
+        """Numbers of groups of coordinates: those that share random numbers are together in one of the families.
+
+        From 0 to `NUM_GROUPS` - 1; -1 for coordinates in which nothing is random.
+        """
         ...
 
     def keep(self, layer: Layer, inputs: Tensor) -> Tensor:

@@ -103,7 +103,11 @@ class KroneckerProjector:
         self._placed: dict[tuple[str, torch.device, torch.dtype], Factors] = {}
         self._rank = rank
         self._ranks = {layer.name: ranks(layer, rank) for layer in layers}
-        self._is_exact = all(self._ranks[layer.name] == (layer.in_dim, layer.out_dim) for layer in layers)
+        self._exact = {
+            n: (layer.out_dim == self._ranks[n][1], layer.in_dim == self._ranks[n][0])
+            for layer in layers
+            if (n := layer.name)
+        }
         self._dims = {name: math.prod(sides) for name, sides in self._ranks.items()}
         self._block_dim = sum(self._dims.values())
         self.proj_dim = min(proj_dim, self._block_dim)
@@ -112,21 +116,23 @@ class KroneckerProjector:
         self._signs = random_signs(stream_key(seed, "kronecker", "fold signs"), 0, padded_dim, device)
 
     @property
-    def families(self) -> Int64[Tensor, "families proj_dim"]:
+    def families(self) -> Int64[Tensor, "2 proj_dim"]:
         """Coordinates that share a column of P_out, and those that share one of P_in, in most of the layers folded.
 
-        No families, where nothing is random.
+        None, -1, where these are columns of an identity and nothing is folded.
         """
-        if self._depth == 1 and self._is_exact:
-            return torch.zeros(0, self.proj_dim, dtype=torch.int64)
-        columns = [
-            torch.cartesian_prod(torch.arange(r_out), torch.arange(r_in)).T + number * self._rank
-            for number, (r_in, r_out) in enumerate(self._ranks.values())
-        ]
-        numbers = torch.cat(columns, 1) % NUM_GROUPS
+        numbers = torch.cat([self._columns(number, name) for number, name in enumerate(self._ranks)], 1)
         last = (self._depth - 1) * self.proj_dim  # the last row of the fold may be shorter
         numbers = torch.cat([numbers, numbers[:, self._block_dim - last : self.proj_dim]], 1)
         return numbers.view(2, self._depth, self.proj_dim).mode(1).values
+
+    def _columns(self, number: int, name: str) -> Int64[Tensor, "2 block"]:
+        """Return the groups of the entries of a layer's block, by its columns of P_out and of P_in."""
+        r_in, r_out = self._ranks[name]
+        columns = torch.cartesian_prod(torch.arange(r_out), torch.arange(r_in)).T
+        groups = (columns + number * self._rank) % NUM_GROUPS
+        exact = torch.tensor(self._exact[name]) & (self._depth == 1)
+        return groups.where(~exact[:, None], -1)
 
     def matrices(
         self, layer: Layer

@@ -34,6 +34,8 @@ _COLUMNS = (
     "label",
     "caption",
 )
+_REACHABLE = 0.9  # of an aimed error that the projection may make, and draws can still reach it
+_MORE_DIMENSIONS = "featurize with a larger `proj_dim`, and `rank`"
 _RESOLVED = 0.8  # of the proponents must be expected to belong among the first, or a warning says so
 
 
@@ -157,11 +159,11 @@ class QueryResult:
         if len(known) < len(probabilities) or sum(known) >= _RESOLVED * len(known):
             return ""
         errors, of_projection = (
-            sum(getattr(match, name) ** 2 for match in self.proponents)
+            sum((getattr(match, name) or 0.0) ** 2 for match in self.proponents)
             for name in ("standard_error", "projection_error")
         )
         if of_projection > errors / 2:
-            more = "Most of the error is from the random projection: featurize with a larger `proj_dim`."
+            more = f"Most of the error is from the random projection: {_MORE_DIMENSIONS}."
         elif "draws_taken" in self.settings:
             more = "More draws tell: allow more `max_draws`."
         else:
@@ -175,16 +177,14 @@ class QueryResult:
     def _target_warning(self) -> str:
         target = float(self.settings.get("target_se", math.inf))
         pairs = [(m.standard_error or 0.0, m.projection_error or 0.0) for m in (*self.proponents, *self.opponents)]
-        reached, of_projection = max(pairs, default=(0.0, 0.0))
-        if reached <= target:
+        missed = [(reached, alone) for reached, alone in pairs if reached > target]
+        if not missed:
             return ""
-        aim = f"A standard error is {reached:.3g}, above the {target:g} that was aimed at"
-        if of_projection >= target:
-            return (
-                f"{aim}; {of_projection:.3g} of it is from the random projection, however many draws: featurize with a "
-                "larger `proj_dim`."
-            )
-        ratio = (reached**2 - of_projection**2) / (target**2 - of_projection**2)
+        aim = f"A standard error is {max(missed)[0]:.3g}, above the {target:g} that was aimed at"
+        alone = max(alone for _, alone in missed)
+        if alone >= _REACHABLE * target:
+            return f"{aim}; the random projection alone makes {alone:.3g}, however many draws: {_MORE_DIMENSIONS}."
+        ratio = max((reached**2 - alone**2) / (target**2 - alone**2) for reached, alone in missed)
         return f"{aim}; it takes `max_draws` of about {math.ceil(float(self.settings['draws_taken']) * ratio)}."
 
     def to_pandas(self) -> pandas.DataFrame:
