@@ -212,9 +212,11 @@ def save_plot(results: Results, path: Path) -> None:
 def print_tables(results: Results) -> None:
     """Print coverage, and the overlaps of refining."""
     first = (f"among the top {NUM_FIRST}, {label}" for label in ("long-run", "its own"))
-    table = Table("index", "coverage of 90 % intervals", *first)
+    table = Table("index", "coverage of 90 % intervals", *first, "reported / true variance", "of the projection")
     for label, cell in results.of_part("coverage").items():
-        table.add_row(label, *("{:.3f} ± {:.3f}".format(*pair) for pair in cell["coverage"].values()))
+        coverages = ("{:.3f} ± {:.3f}".format(*pair) for pair in cell["coverage"].values())
+        variances = (f"{value:.2f}" for value in cell["variance"]["all"].values())
+        table.add_row(label, *coverages, *variances)
     Console().print(table)
     for name, cell in results.of_part("refine").items():
         table = Table(name, f"overlap of the top {TOP_K} with 256 draws")
