@@ -252,13 +252,11 @@ class Scorer:
         """
         kernel = refined[0] if refined else self.kernel(choice.kernel)
         inverse = kernel.inverse(choice.score, choice.damping)
-        banded, left_out = kernel.banded(query[:, window]), None
-        if errors and not choice.score.endswith("cosine"):
-            left_out = self._leave_out(choice, inverse, refined).of(banded.mean(2))
-        if not choice.score.endswith("cosine"):  # examples need not be rotated then
-            banded, inverse = banded * inverse @ kernel.eigenvectors.T, torch.ones_like(inverse)
-            left_out = None if left_out is None else left_out @ kernel.eigenvectors.T
-        return Asked(choice, kernel, inverse, banded, left_out)
+        banded, back = kernel.banded(query[:, window]), kernel.eigenvectors.T
+        if choice.score.endswith("cosine"):
+            return Asked(choice, kernel, inverse, banded, None)
+        left_out = self._leave_out(choice, inverse, refined).of(banded.mean(2)) @ back if errors else None
+        return Asked(choice, kernel, torch.ones_like(inverse), banded * inverse @ back, left_out)  # examples: as stored
 
     def score(self, asked: Asked, train: Tensor) -> BandScores:
         """Return the scores of the banded features of examples."""

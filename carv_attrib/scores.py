@@ -117,7 +117,7 @@ class BandScores:
             return found
         other = self.projection.square().sum(0)
         together = variance.square() / found + other.square() / (len(self.projection) - 2)
-        return (variance + other).square() / together.clamp(min=1e-300)
+        return ((variance + other).square() / together.clamp(min=1e-300)).clamp(min=1)
 
     def _draw_degrees_of_freedom(self) -> Float64[Tensor, "queries train"]:
         """Return those of the part that is from the draws."""
