@@ -276,11 +276,17 @@ class Scorer:
             yield self.score(asked, self.store.read_part(part).features[:, window])
 
     def candidate_scores(
-        self, query: Tensor, positions: Int64[np.ndarray, " candidates"], choice: Choice, window: slice
+        self,
+        query: Tensor,
+        positions: Int64[np.ndarray, " candidates"],
+        choice: Choice,
+        window: slice,
+        *,
+        errors: bool = True,
     ) -> BandScores:
         """Return the scores of the examples at some positions in the store."""
         features = self.store.read_features(positions.tolist())
-        return self.score(self.prepare(query, choice, window), features[:, window])
+        return self.score(self.prepare(query, choice, window, errors=errors), features[:, window])
 
     def refined_scores(
         self,

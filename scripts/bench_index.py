@@ -133,8 +133,7 @@ def ask(path: Path, exact: list[list[int]] | None) -> dict[str, Any]:
     for query in [queries[:1], *queries[1::2].split(1)]:  # the first once more, to open everything
         started = time.perf_counter()
         positions = scorer.candidates(query, choice, NUM_CANDIDATES, every, opponents=False)
-        train = scorer.store.read_features(positions.tolist())
-        scores = scorer.score(scorer.prepare(query, choice, errors=False), train)
+        scores = scorer.candidate_scores(query, positions, choice, every, errors=False)
         times.append(1e3 * (time.perf_counter() - started))
         found.append(positions[scores.scores[0].topk(TOP_K).indices].tolist())
     exact = exact or found[1:]

@@ -73,8 +73,8 @@ def answer(path: Path) -> np.ndarray:
     scorer = Scorer(store, "none", "cpu", None)
     query = store.read_features([0])
     positions = scorer.candidates(query, CHOICE, len(store.ids), slice(None), opponents=False)
-    found = scorer.candidate_scores(query, positions, CHOICE, slice(None)).scores[0]
-    parts = torch.cat([part.scores[0] for part in scorer.part_scores(query, CHOICE)])
+    found = scorer.candidate_scores(query, positions, CHOICE, slice(None), errors=False).scores[0]
+    parts = torch.cat([part.scores[0] for part in scorer.part_scores(query, CHOICE, errors=False)])
     torch.testing.assert_close(found, parts[positions])
     records = store.find_records(store.ids.tolist())
     keys = [float(len(records[i].key)) for i in store.ids.tolist()]

@@ -68,6 +68,11 @@ class Unprojected:
         self._layers = layers
         self.proj_dim = sum(layer.num_weights for layer in layers)
 
+    @property
+    def families(self) -> Tensor:
+        """Nothing is random."""
+        return torch.full((1, self.proj_dim), -1)
+
     def keep(self, layer: Layer, inputs: Tensor) -> Tensor:
         """Return a copy of the inputs."""
         return inputs.clone()
