@@ -60,6 +60,7 @@ class WholeGradients:
     """A projector that projects nothing: it collects every layer's weight gradients, row by row."""
 
     proj_dim = 1
+    families = torch.full((1, 1), -1)
 
     def __init__(self) -> None:
         self.gradients: dict[str, list[Tensor]] = {}
