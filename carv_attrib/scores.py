@@ -219,21 +219,23 @@ def score_bands(
         normalise: divide by the norms, for cosines; they are taken as fixed.
         independent: whether replicates, and bands, are of independent draws.
     """
-    norms = [(x.mean(2).square() * inverse).sum(2).mean(1).sqrt().clamp(min=1e-300) for x in (query, train)]
-    query = query * inverse
+    unweighted, query = query, query * inverse
     query_mean, train_mean = query.mean(2), train.mean(2)
     bands = torch.einsum("qbd,nbd->bqn", query_mean, train_mean)
     projection = None if left_out is None else torch.einsum("qbgd,nbd->gqn", left_out, train_mean) / len(bands)
     influences = crossed = None
     num_replicates = train.shape[2] if independent else 1
     if num_replicates == 2:
-        like, unlike = (torch.einsum("qbrd,nbrd->rbqn", query, side) for side in (train, train.flip(2)))
+        like, unlike = (torch.einsum("qbrd,nbrd->rbqn", side, train) for side in (query, query.flip(2)))
         crossed = torch.stack([like[0] - like[1], unlike[0] - unlike[1], (like - unlike).sum(0)]) / 2
     elif num_replicates > 2:
         of_query = torch.einsum("qbrd,nbd->rbqn", query, train_mean)
         influences = of_query + torch.einsum("qbd,nbrd->rbqn", query_mean, train) - 2 * bands
     found = BandScores(bands, influences, crossed, projection, spread=independent)
-    return found.scaled(1 / (norms[0][:, None] * norms[1])) if normalise else found
+    if not normalise:
+        return found
+    norms = [(x.mean(2).square() * inverse).sum(2).mean(1).sqrt().clamp(min=1e-300) for x in (unweighted, train)]
+    return found.scaled(1 / (norms[0][:, None] * norms[1]))
 
 
 def join(parts: list[BandScores]) -> BandScores:
