@@ -88,15 +88,16 @@ class LeaveOut:
         num_asked = min(_NUM_ASKED, len(examples) // 2)
         query, train = examples[:num_asked], examples[num_asked:]
 
-        def deviations(own: Tensor, other: Tensor) -> Float64[Tensor, "bands groups queries examples"]:
-            return torch.einsum("qbgd,nbd->bgqn", self.of(own), other)
+        def deviations(left_out: Tensor, other: Tensor) -> Float64[Tensor, "bands groups queries examples"]:
+            return torch.einsum("qbgd,nbd->bgqn", left_out, other)
 
-        if query.shape[2] > 1:
-            pairs = zip(query.unbind(2), train.unbind(2), strict=True)
-            each = torch.stack([deviations(*pair).mean(0) for pair in pairs])
-        else:
-            each = deviations(query[:, :, 0], train[:, :, 0])
-        whole = deviations(query.mean(2), train.mean(2)).mean(0).square().sum()
+        found, total = [], torch.zeros(())
+        for own, other in zip(query.unbind(2), train.unbind(2), strict=True):
+            left_out = self.of(own)
+            total = total + left_out
+            found.append(deviations(left_out, other))
+        each = torch.stack([bands.mean(0) for bands in found]) if len(found) > 1 else found[0]
+        whole = deviations(total / len(found), train.mean(2)).mean(0).square().sum()
         if len(each) == 1 or not whole > 0:
             return 1.0
         unlike = (each.sum(0).square() - each.square().sum(0)).sum() / (len(each) * (len(each) - 1))
