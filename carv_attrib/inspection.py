@@ -10,7 +10,7 @@ from typing import Any
 from carv_attrib.config import check_at_least
 from carv_attrib.ensemble import member_folders
 from carv_attrib.errors import CarvError
-from carv_attrib.index import read_index_settings
+from carv_attrib.index import KERNEL_FILE, read_index_settings
 from carv_attrib.kernel import load_kernel
 from carv_attrib.records import label_name
 from carv_attrib.store import FeatureStore
@@ -59,8 +59,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "micro_batch": manifest["micro_batch"],
         "versions": manifest["versions"],
     }
-    if (store.path / "kernel.safetensors").is_file():
-        kernel = load_kernel(store.path / "kernel.safetensors")
+    if (store.path / KERNEL_FILE).is_file():
+        kernel = load_kernel(store.path / KERNEL_FILE)
         values = kernel.eigenvalues.flip(0)
         facts["kernel"] = f"{kernel.kind}, mean of {kernel.num_vectors} vectors"
         facts["effective_rank"] = round(float(values.sum() ** 2 / values.square().sum()), 1)
@@ -85,7 +85,7 @@ def top_self(path: str | Path, num: int = 10) -> list[SelfInfluence]:
     check_at_least("num", num, 1)
     store = FeatureStore.open(path)
     settings = read_index_settings(store)
-    kernel = load_kernel(store.path / "kernel.safetensors")
+    kernel = load_kernel(store.path / KERNEL_FILE)
     inverse = kernel.inverse("preconditioned", settings.damping)
     best: list[tuple[float, int]] = []
     for part in store.parts:
@@ -112,7 +112,7 @@ def verify(path: str | Path) -> list[str]:
         return [problem for folder in folders for problem in verify(folder)]
     store = FeatureStore.open(path)
     problems = store.verify()
-    kernel = store.path / "kernel.safetensors"
+    kernel = store.path / KERNEL_FILE
     for check in (lambda: kernel.exists() and load_kernel(kernel), lambda: read_index_settings(store, read_all=True)):
         try:
             check()

@@ -95,20 +95,21 @@ def read_tensors(path: Path, feature_shape: Sequence[int]) -> dict[str, Tensor]:
     return {name: tensors[name] for name in ("ids", "features", "features_scale")}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], examples_sha256: str) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], examples_sha256: str = "") -> None:
     """Write a features file, whole or not at all.
 
     Args:
         path: of the file.
         tensors: ids, features and scales.
-        examples_sha256: hex digest of the file of the records.
+        examples_sha256: hex digest of the file of the records, if there is one.
 
     Raises:
         OSError, SafetensorError: if it cannot be written.
     """
     own = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}  # unshared
     own["row_crc32"] = _checksums_of_rows(own)
-    own["examples_sha256"] = torch.frombuffer(bytearray.fromhex(examples_sha256), dtype=torch.uint8)
+    if examples_sha256:
+        own["examples_sha256"] = torch.frombuffer(bytearray.fromhex(examples_sha256), dtype=torch.uint8)
     with atomic_file(path) as temporary:
         save_file(own, temporary, metadata={"sha256": tensor_digest(own)})
 

@@ -19,16 +19,13 @@ from carv_attrib.errors import ArgumentError, StoreMismatchError
 from carv_attrib.estimator import Encoded, Estimator, average_bands, check_finite
 from carv_attrib.kernel import KernelKind
 from carv_attrib.scores import BandScores
-from carv_attrib.seeding import choose_positions, stream_key
-from carv_attrib.store import FeatureStore
+from carv_attrib.seeding import stream_key
 
 if TYPE_CHECKING:
     import datasets
 
 DatasetLike: TypeAlias = "str | Path | datasets.Dataset"
 
-NUM_REFERENCES = 100
-"""Examples whose fresh draws feed the kernel of a refined score, besides those of the candidates."""
 MAX_DRAWS = 64
 """Draws of an example, if no other number is given."""
 
@@ -126,14 +123,6 @@ def encode_examples(estimator: Estimator, examples: ExampleDataset | JoinedExamp
     rows = {int(i): row for row, i in enumerate(examples.ids)}
     batch = read_batch(examples, [rows[i] for i in ids], estimator.teacher, skip_bad=False)
     return encode_batch(estimator, batch)
-
-
-def choose_references(store: FeatureStore) -> list[int]:
-    """Return the ids of the examples whose fresh draws feed the kernel of a refined score, chosen by a hash."""
-    ids = torch.from_numpy(store.ids)
-    key = stream_key(store.manifest["config"]["seed"], "kernel")
-    found: list[int] = ids[choose_positions(key, ids, NUM_REFERENCES)].tolist()
-    return found
 
 
 def fresh_draws(

@@ -18,18 +18,12 @@ from torch import Tensor
 from carv_attrib.data import ExampleDataset, JoinedExamples, to_pixels
 from carv_attrib.errors import ArgumentError, StoreCorruptError, StoreError
 from carv_attrib.estimator import Encoded, Estimator, average_bands, check_finite
-from carv_attrib.index import FeatureIndex, read_index_settings
+from carv_attrib.index import KERNEL_FILE, FeatureIndex, read_index_settings
 from carv_attrib.kernel import Damping, Kernel, KernelKind, ScoreKind, fit_kernel, load_kernel
 from carv_attrib.leave_out import LeaveOut
 from carv_attrib.manifest import restore_estimator
-from carv_attrib.refinement import (
-    DatasetLike,
-    Refinement,
-    choose_references,
-    encode_examples,
-    fresh_draws,
-    reopen_dataset,
-)
+from carv_attrib.references import References
+from carv_attrib.refinement import DatasetLike, Refinement, encode_examples, fresh_draws, reopen_dataset
 from carv_attrib.scores import BandScores, score_bands
 from carv_attrib.store import FeatureStore
 from carv_attrib.teacher import Teacher
@@ -96,8 +90,6 @@ class Scorer:
         self._kernels: dict[KernelKind, Kernel] = {}
         self._indexes: dict[Choice, FeatureIndex] = {}
         self._left_out: dict[Choice, LeaveOut] = {}
-        self._encoded_references: Encoded | None = None
-        self._references: dict[int, Tensor] = {}
 
     @cached_property
     def estimator(self) -> Estimator:
@@ -131,7 +123,7 @@ class Scorer:
         """
         if kind not in self._kernels:
             stored = kind == self.settings.kernel
-            file = self.store.path / "kernel.safetensors"
+            file = self.store.path / KERNEL_FILE
             self._kernels[kind] = load_kernel(file) if stored else fit_kernel(self.store, kind)
         if self._kernels[kind].kind != kind:
             raise StoreError(f"{self.store.path} was indexed again after it was opened; open it again.")
@@ -207,6 +199,15 @@ class Scorer:
         return slice(int(inside[0]), int(inside[-1]) + 1)
 
     @property
+    def _is_independent(self) -> bool:
+        """Whether replicates and bands are of independent draws: those of sorted iid draws are not."""
+        return bool(self.store.manifest["config"]["scheme"] != "iid")
+
+    @cached_property
+    def _references(self) -> References:
+        return References(self.store)
+
+    @property
     def band_edges(self) -> Float[np.ndarray, " edges"]:
         """Timesteps at which bands begin and end."""
         num_timesteps = self.estimator.teacher.noise_schedule.num_timesteps
@@ -255,16 +256,16 @@ class Scorer:
         banded, back = kernel.banded(query[:, window]), kernel.eigenvectors.T
         if choice.score.endswith("cosine"):
             return Asked(choice, kernel, inverse, banded, None)
+        errors = errors and self._is_independent and banded.shape[1] * banded.shape[2] > 1  # else draws': n/a
         left_out = self._leave_out(choice, inverse, refined).of(banded.mean(2)) @ back if errors else None
         return Asked(choice, kernel, torch.ones_like(inverse), banded * inverse @ back, left_out)  # examples: as stored
 
     def score(self, asked: Asked, train: Tensor) -> BandScores:
         """Return the scores of the banded features of examples."""
-        independent = self.store.manifest["config"]["scheme"] != "iid"  # sorted iid draws have no independent halves
         is_cosine = asked.choice.score.endswith("cosine")
         train = asked.kernel.banded(train) if is_cosine else asked.kernel.averaged(train.double())
         return score_bands(
-            asked.query, train, asked.inverse, asked.left_out, normalise=is_cosine, independent=independent
+            asked.query, train, asked.inverse, asked.left_out, normalise=is_cosine, independent=self._is_independent
         )
 
     def part_scores(
@@ -307,8 +308,7 @@ class Scorer:
         estimator = replace(self.estimator, micro_batch=self.store.manifest["micro_batch"])
         preconditioned = choice.score.startswith("preconditioned")
         encoded = encode_examples(estimator, self.examples, ids)
-        references = choose_references(self.store)
-        others = torch.tensor([i not in ids for i in references])
+        others = torch.tensor([i not in ids for i in self._references.ids])
         old = self.store.read_features(positions.tolist())
         kernel, train, evaluations = self.kernel(choice.kernel), old, 0
         rounds = refinement.max_draws // estimator.config.num_draws - 1
@@ -317,14 +317,13 @@ class Scorer:
             train = torch.cat([train, fresh_draws(estimator, encoded, ids, number)], dim=2)
             evaluations += estimator.config.draws_per_example * (1 + len(ids))
             if preconditioned:
-                evaluations += self._draw_references(estimator, references, number)
+                evaluations += self._references.draw(number, estimator, self.examples)
             if not refinement.target_se and number < rounds - 1:
                 continue
             if preconditioned:
-                fresh = [self._references[n] for n in range(number + 1)]
-                drawn = torch.stack([self._old_references, *fresh])[:, others]
                 own = torch.unflatten(train, 2, (-1, old.shape[2])).mean(2)  # over rounds
-                before, after = torch.cat([old, drawn[0]]), torch.cat([own, drawn.mean(0)])
+                before = torch.cat([old, self._references.features[others]])
+                after = torch.cat([own, self._references.mean(number + 1)[others]])
                 kernel = self.kernel(choice.kernel).refined(before, after, num_candidates=len(ids))
             asked_again = self.prepare(query, choice, window, refined=(kernel, train))
             found = self.score(asked_again, train[:, window])
@@ -350,24 +349,9 @@ class Scorer:
             return LeaveOut(refined[0], inverse, families, refined[1])
         if choice not in self._left_out:
             kernel = self.kernel(choice.kernel)
-            examples = kernel.averaged(self._old_references)
+            examples = kernel.averaged(self._references.features)
             self._left_out = {choice: LeaveOut(kernel, inverse, families, examples)}
         return self._left_out[choice]
-
-    @cached_property
-    def _old_references(self) -> Float[Tensor, "references bands replicates d"]:
-        """Features of the references in the index."""
-        rows = {int(i): row for row, i in enumerate(self.store.ids)}
-        return self.store.read_features([rows[i] for i in choose_references(self.store)])
-
-    def _draw_references(self, estimator: Estimator, references: Sequence[int], number: int) -> int:
-        """Keep the draws of a round of the references, the same for all queries; return the evaluations it took."""
-        if number in self._references:
-            return 0
-        if self._encoded_references is None:
-            self._encoded_references = encode_examples(estimator, self.examples, references)
-        self._references[number] = fresh_draws(estimator, self._encoded_references, references, number)
-        return estimator.config.draws_per_example * len(references)
 
 
 def _query_id(pixels: Tensor) -> int:

@@ -265,6 +265,10 @@ class FeatureStore:
         """Return the file that holds the records of a part."""
         return self.path / "examples" / f"part-{part:06d}.parquet"
 
+    def references_path(self, number: int) -> Path:
+        """Return the file that keeps a round of fresh draws of the references."""
+        return self.path / "references" / f"round-{number:03d}.safetensors"
+
     def write_part(self, part: int, features: PartFeatures | None, records: Sequence[Record]) -> None:
         """Commit one part: its records first, then its features, whose presence is the sign that it is done.
 
@@ -322,6 +326,9 @@ class FeatureStore:
             if stale or len(kept) < len(records):
                 tensors = read_tensors(self.features_path(part), self.feature_shape)
                 self._write_files(part, self._without_removed(tensors), kept)
+        for file in self._references_files():
+            if not self.removed.isdisjoint(read_tensors(file, self.feature_shape)["ids"].tolist()):
+                file.unlink()
         for cached in ("parts", "_part_ids"):  # the writer adds parts to these
             self.__dict__.pop(cached, None)
 
@@ -426,17 +433,26 @@ class FeatureStore:
                 if not torch.isfinite(features.features).all():
                     raise StoreCorruptError(f"{self.features_path(part)} holds NaN or infinity.")
                 records = self.read_records(part)
-                if not self.removed.isdisjoint(record.id for record in records):
-                    raise StoreCorruptError(
-                        f"{self.examples_path(part)} has removed examples; run `carv-attrib index`."
-                    )
+                self._check_removed(self.examples_path(part), [record.id for record in records])
                 good = [record.id for record in records if record.error is None]
                 if good != features.ids.tolist():
                     raise StoreCorruptError(f"{self.examples_path(part)} does not list the examples of its features.")
                 self._check_examples(part)
             except StoreCorruptError as err:
                 problems.append(str(err))
+        for file in self._references_files():
+            try:
+                self._check_removed(file, read_tensors(file, self.feature_shape)["ids"].tolist())
+            except StoreCorruptError as err:
+                problems.append(str(err))
         return problems
+
+    def _check_removed(self, path: Path, ids: Sequence[int]) -> None:
+        if not self.removed.isdisjoint(ids):
+            raise StoreCorruptError(f"{path} has removed examples; run `carv-attrib index`.")
+
+    def _references_files(self) -> list[Path]:
+        return sorted(self.references_path(0).parent.glob("round-*.safetensors"))
 
     def _check_examples(self, part: int) -> None:
         """Compare the checksum of the records of a part, of which reading compares no more than the pages."""

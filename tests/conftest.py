@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -316,6 +317,12 @@ def tiny_index(tmp_path_factory: pytest.TempPathFactory, dit_folder: Path, digit
     path = tmp_path_factory.mktemp("index") / "index"
     featurize(dit_folder, digits_folder, path, **SETTINGS)
     return path
+
+
+@pytest.fixture
+def copied_index(tmp_path: Path, tiny_index: Path) -> Path:
+    """Return a copy of `tiny_index` that may be changed."""
+    return Path(shutil.copytree(tiny_index, tmp_path / "copy"))
 
 
 @pytest.fixture

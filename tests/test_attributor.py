@@ -327,7 +327,7 @@ def test_importing_the_package_loads_neither_diffusers_nor_faiss() -> None:
 
 
 def test_a_window_of_timesteps_scores_its_bands_only(
-    attributor: Attributor, pictures: list[tuple[Image.Image, int]]
+    attributor: Attributor, copied_index: Path, pictures: list[tuple[Image.Image, int]]
 ) -> None:
     image, label = pictures[3]
     bands = attributor.band_scores([image], labels=[label]).bands[:, 0].numpy()
@@ -347,7 +347,8 @@ def test_a_window_of_timesteps_scores_its_bands_only(
         assert set(candidates) == set(np.argsort(-bands[band])[:3])
     plain = attributor.query(image, label=label, top_k=20)
     np.testing.assert_allclose([match.bands for match in plain.proponents], bands[:, plain.ids].T, rtol=1e-6)
-    refined = attributor.query(image, label=label, top_k=5, timesteps=(0, 50), refine=5, max_draws=8)
+    changed = Attributor.open(copied_index, device="cpu")  # refining keeps draws in it
+    refined = changed.query(image, label=label, top_k=5, timesteps=(0, 50), refine=5, max_draws=8)
     assert {len(match.bands) for match in refined.proponents} == {1}
 
 

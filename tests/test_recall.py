@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +52,6 @@ def store(tmp_path: Path, features: torch.Tensor) -> FeatureStore:
             part, PartFeatures(ids, features[ids]), [Record(int(i), str(int(i)), None, None, b"") for i in ids]
         )
     return FeatureStore.open(store.path)
-
-
-@pytest.fixture
-def copied_index(tmp_path: Path, tiny_index: Path) -> Path:
-    return Path(shutil.copytree(tiny_index, tmp_path / "copy"))
 
 
 def exact_first(store: FeatureStore, query: torch.Tensor, number: int) -> np.ndarray:

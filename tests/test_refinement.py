@@ -14,14 +14,18 @@ from torch import Tensor
 
 from carv_attrib import Attributor, featurize
 from carv_attrib.data import open_dataset
-from carv_attrib.errors import ArgumentError, DataError, StoreMismatchError
-from carv_attrib.refinement import choose_references, encode_examples, fresh_draws
+from carv_attrib.errors import ArgumentError, DataError, StoreCorruptError, StoreMismatchError
+from carv_attrib.inspection import verify
+from carv_attrib.maintenance import remove
+from carv_attrib.references import References
+from carv_attrib.refinement import encode_examples, fresh_draws
 from tests.conftest import SETTINGS
 
 
 @pytest.fixture(scope="module")
-def attributor(tiny_index: Path) -> Attributor:
-    return Attributor.open(tiny_index, device="cpu")
+def attributor(tiny_index: Path, tmp_path_factory: pytest.TempPathFactory) -> Attributor:
+    copy = shutil.copytree(tiny_index, tmp_path_factory.mktemp("refined") / "index")  # draws are kept in it
+    return Attributor.open(copy, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,7 @@ def test_refined_scores_are_those_of_all_draws_together(attributor: Attributor, 
         train.append(fresh_draws(estimator, encoded, store.ids.tolist(), number))
     q, t = (torch.cat(x, dim=2).mean(2).double() for x in (query, train))
     candidates = [store.ids.tolist().index(i) for i in refined.ids]
-    references = [row for row, i in enumerate(store.ids) if i in choose_references(store) and row not in candidates]
+    references = [row for row, i in enumerate(store.ids) if i in References(store).ids and row not in candidates]
     others = [row for row in range(len(store.ids)) if row not in candidates]
     old, new = train[0].double(), (sum(train) / 3).double()
 
@@ -56,10 +60,44 @@ def test_refined_scores_are_those_of_all_draws_together(attributor: Attributor, 
     damped = hessian + 0.5 * torch.trace(hessian) / len(hessian) * torch.eye(len(hessian)).double()
     expected = torch.stack([q[0, b] @ torch.linalg.solve(damped, t[candidates, b].T) for b in range(2)]).mean(0)
     np.testing.assert_allclose(refined.scores, expected, rtol=1e-4, atol=1e-6)
-    assert refined.cost["network_evaluations"] == 4 + 2 * 4 * (1 + 10 + len(choose_references(store)))
-    again = attributor.query(picture, label=1, top_k=10, refine=10, max_draws=12, damping=0.5)
-    assert again.cost["network_evaluations"] == 4 + 2 * 4 * (1 + 10)  # the references' draws are kept
-    np.testing.assert_array_equal(again.scores, refined.scores)
+
+
+def test_draws_of_references_are_kept_in_the_index(
+    copied_index: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question: dict[str, Any] = {"label": 1, "top_k": 10, "refine": 10, "max_draws": 12}
+
+    def asked(max_draws: int = 12) -> tuple[int, np.ndarray]:
+        result = Attributor.open(copied_index, device="cpu").query(picture, **question | {"max_draws": max_draws})
+        return int(result.cost["network_evaluations"]), result.scores
+
+    own, all_20 = 4 * (1 + 10), 4 * 20
+    with monkeypatch.context() as patch:
+        patch.setattr("carv_attrib.references.write_tensors", refuse_to_write)
+        evaluations, scores = asked()
+        assert evaluations == 4 + 2 * (own + all_20)
+    for expected in (4 + 2 * (own + all_20), 4 + 2 * own):
+        evaluations, again = asked()
+        assert evaluations == expected
+        np.testing.assert_array_equal(again, scores)
+    assert asked(16)[0] == 4 + 3 * own + all_20  # a round more
+    assert verify(copied_index) == []
+
+    file = copied_index / "references" / "round-001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    assert [str(file) in problem for problem in verify(copied_index)] == [True]
+    with pytest.raises(StoreCorruptError, match=r"round-001.safetensors is damaged: its checksum .* delete it"):
+        asked()
+    file.unlink()
+    remove(copied_index, ids=[3])
+    assert list(file.parent.iterdir()) == []  # nothing of a removed example is left
+    assert asked()[0] == 4 + 2 * (own + all_20 - 4)
+
+
+def refuse_to_write(*_: object) -> None:
+    raise PermissionError("a folder that cannot be written")
 
 
 def test_fresh_draws_are_new_in_each_round_and_shared_between_examples(attributor: Attributor, picture: Path) -> None:
