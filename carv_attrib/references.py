@@ -30,9 +30,9 @@ class References:
     """
 
     def __init__(self, store: FeatureStore) -> None:
-        positions = torch.from_numpy(store.ids)
+        ids = torch.from_numpy(store.ids)
         key = stream_key(store.manifest["config"]["seed"], "kernel")
-        self.ids: list[int] = positions[choose_positions(key, positions, NUM_REFERENCES)].tolist()
+        self.ids: list[int] = ids[choose_positions(key, ids, NUM_REFERENCES)].tolist()
         self._store = store
         self._encoded: Encoded | None = None
         self._rounds: dict[int, Tensor] = {}
