@@ -88,7 +88,7 @@ def append(
 
 
 def remove(path: str | Path, *, ids: Iterable[int] = (), keys: Iterable[str] = ()) -> int:
-    """Take examples out of an index, and build it again: features, records, pictures, kernel and search index.
+    """Take examples out of an index, and build it again: features, records, pictures, kernel, search index, references.
 
     They do not come back when `featurize` is run again. Only their ids stay, in the manifest. Of an index of several
     teachers they are taken out of each.

@@ -1,4 +1,4 @@
-"""The features file of one part: safetensors, with a checksum of all and of every row (`docs/store-format.md`)."""
+"""A features file, as of one part: safetensors, with a checksum of all and of every row (`docs/store-format.md`)."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def read_tensors(path: Path, feature_shape: Sequence[int]) -> dict[str, Tensor]:
     return {name: tensors[name] for name in ("ids", "features", "features_scale")}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], examples_sha256: str = "") -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], examples_sha256: str | None = None) -> None:
     """Write a features file, whole or not at all.
 
     Args:
@@ -108,7 +108,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], examples_sha256: st
     """
     own = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}  # unshared
     own["row_crc32"] = _checksums_of_rows(own)
-    if examples_sha256:
+    if examples_sha256 is not None:
         own["examples_sha256"] = torch.frombuffer(bytearray.fromhex(examples_sha256), dtype=torch.uint8)
     with atomic_file(path) as temporary:
         save_file(own, temporary, metadata={"sha256": tensor_digest(own)})

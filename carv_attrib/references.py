@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -12,21 +15,23 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from carv_attrib.data import ExampleDataset, JoinedExamples
+from carv_attrib.errors import StoreCorruptError, StoreError
 from carv_attrib.estimator import Encoded, Estimator
 from carv_attrib.parts import PartFeatures, read_tensors, write_tensors
-from carv_attrib.refinement import encode_examples, fresh_draws
+from carv_attrib.refinement import encode_examples, fresh_draws, fresh_estimator
 from carv_attrib.seeding import choose_positions, stream_key
 from carv_attrib.store import FeatureStore
+from carv_attrib.teacher import placement
 
 NUM_REFERENCES = 100
 """Examples whose fresh draws feed the kernel of a refined score, besides those of the candidates."""
 
 
 class References:
-    """References of a store, chosen by a hash, and their fresh draws: the same for all queries, and kept in the store.
+    """References of a store, and their fresh draws: the same for all queries, and kept in the store.
 
     Attributes:
-        ids: theirs.
+        ids: of the references, chosen by a hash, and in its order.
     """
 
     def __init__(self, store: FeatureStore) -> None:
@@ -35,7 +40,7 @@ class References:
         self.ids: list[int] = ids[choose_positions(key, ids, NUM_REFERENCES)].tolist()
         self._store = store
         self._encoded: Encoded | None = None
-        self._rounds: dict[int, Tensor] = {}
+        self._rounds: dict[int, Float[Tensor, "references bands replicates proj_dim"]] = {}
 
     @cached_property
     def features(self) -> Float[Tensor, "references bands replicates proj_dim"]:
@@ -46,39 +51,57 @@ class References:
     def draw(self, number: int, estimator: Estimator, examples: ExampleDataset | JoinedExamples) -> int:
         """Take the draws of a round, unless they are known; return how many network evaluations it took.
 
+        Args:
+            number: of the round.
+            estimator: of the index, with its `micro_batch`.
+            examples: of the index.
+
         Raises:
             BadImageError: if an example cannot be read any more.
             NonFiniteGradientError: for a gradient with NaN or infinity.
-            StoreCorruptError: if the file that keeps them is damaged.
         """
         if number in self._rounds:
             return 0
-        file = self._store.references_path(number)
-        known = self._read(file)
-        if known is not None:
-            self._rounds[number] = known
+        file = self._file(number, estimator)
+        kept = self._read(file)
+        if kept is not None:
+            self._rounds[number] = kept
             return 0
         if self._encoded is None:
             self._encoded = encode_examples(estimator, examples, self.ids)
         fresh = PartFeatures(torch.tensor(self.ids), fresh_draws(estimator, self._encoded, self.ids, number))
-        self._rounds[number] = self._keep(file, fresh)
+        tensors = fresh.packed(float16=self._store.manifest["config"]["feature_dtype"] == "float16")
+        self._rounds[number] = PartFeatures.unpacked(tensors).features  # as they are read again
+        self._keep(file, tensors)
         return estimator.config.draws_per_example * len(self.ids)
 
     def mean(self, num_rounds: int) -> Float[Tensor, "references bands replicates proj_dim"]:
-        """Return the mean of the features in the index and of those of the first rounds, which were drawn."""
+        """Return the mean of the features in the index and of those of the first rounds, which must have been drawn."""
         return torch.stack([self.features, *(self._rounds[number] for number in range(num_rounds))]).mean(0)
 
-    def _read(self, file: Path) -> Tensor | None:
-        """Return the draws that are kept in the store; None if there are none, or of other references."""
-        if not file.is_file():
-            return None
-        found = PartFeatures.unpacked(read_tensors(file, self._store.feature_shape))
-        return found.features if found.ids.tolist() == self.ids else None
+    def _file(self, number: int, estimator: Estimator) -> Path:
+        """Return where the draws of a round are kept, under a name that says what they depend on."""
+        draws = fresh_estimator(estimator, number).draws_fingerprint()
+        what = json.dumps([self.ids, draws, str(placement(estimator.teacher)[1])])
+        return self._store.references_path(number, hashlib.sha256(what.encode()).hexdigest()[:16])
 
-    def _keep(self, file: Path, fresh: PartFeatures) -> Tensor:
-        """Keep draws in the store, if its folder can be written; return them as they are read again."""
-        tensors = fresh.packed(float16=self._store.manifest["config"]["feature_dtype"] == "float16")
-        with suppress(OSError, SafetensorError):
-            file.parent.mkdir(exist_ok=True)
+    def _read(self, file: Path) -> Float[Tensor, "references bands replicates proj_dim"] | None:
+        """Return the draws that are kept in a file; None if there are none, or it is damaged."""
+        try:
+            found = PartFeatures.unpacked(read_tensors(file, self._store.feature_shape))
+        except StoreCorruptError:
+            return None
+        return found.features if found.features.isfinite().all() else None
+
+    def _keep(self, file: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Keep draws in the store in place of older ones of that round, if its folder can be written."""
+        folder, path = file.parent, self._store.path
+        with suppress(OSError, SafetensorError, StoreError):
+            if not folder.is_dir():
+                folder.mkdir()
+                folder.chmod(path.stat().st_mode & 0o777)
+            for old in folder.glob(file.name.rpartition("-")[0] + "-*"):
+                old.unlink(missing_ok=True)
             write_tensors(file, tensors)
-        return PartFeatures.unpacked(tensors).features
+            if not FeatureStore.open(path).removed.isdisjoint(self.ids):  # since this store was opened
+                file.unlink()

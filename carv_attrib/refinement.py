@@ -125,10 +125,16 @@ def encode_examples(estimator: Estimator, examples: ExampleDataset | JoinedExamp
     return encode_batch(estimator, batch)
 
 
+def fresh_estimator(estimator: Estimator, number: int) -> Estimator:
+    """Return an estimator with the draws of a round: independent of the index's and of other rounds'."""
+    seed = stream_key(estimator.config.seed, "refinement", number) % 2**63
+    return replace(estimator, config=replace(estimator.config, seed=seed))
+
+
 def fresh_draws(
     estimator: Estimator, encoded: Encoded, ids: Sequence[int], number: int
 ) -> Float[Tensor, "batch bands replicates proj_dim"]:
-    """Return banded features of draws that are independent of the index's and other rounds'.
+    """Return banded features of the draws of a round.
 
     Args:
         estimator: of the index.
@@ -139,10 +145,8 @@ def fresh_draws(
     Raises:
         NonFiniteGradientError: for a gradient with NaN or infinity.
     """
-    config = estimator.config
-    seed = stream_key(config.seed, "refinement", number) % 2**63
-    fresh = replace(estimator, config=replace(config, seed=seed))
+    fresh = fresh_estimator(estimator, number)
     draws = fresh.draws(ids)
     features = fresh.features(encoded, draws)
     check_finite(features, [f"number {i}" for i in ids])
-    return average_bands(features, draws, config)
+    return average_bands(features, draws, estimator.config)

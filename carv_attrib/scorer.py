@@ -256,7 +256,7 @@ class Scorer:
         banded, back = kernel.banded(query[:, window]), kernel.eigenvectors.T
         if choice.score.endswith("cosine"):
             return Asked(choice, kernel, inverse, banded, None)
-        errors = errors and self._is_independent and banded.shape[1] * banded.shape[2] > 1  # else draws': n/a
+        errors = errors and self._is_independent and banded.shape[1] * banded.shape[2] > 1  # else n/a, as all are
         left_out = self._leave_out(choice, inverse, refined).of(banded.mean(2)) @ back if errors else None
         return Asked(choice, kernel, torch.ones_like(inverse), banded * inverse @ back, left_out)  # examples: as stored
 

@@ -192,7 +192,7 @@ class FeatureStore:
             lock.flush()
             try:
                 for leftover in unfinished_files(self.path):
-                    leftover.unlink()
+                    leftover.unlink(missing_ok=True)  # a query's own, which has got its name
                 self._finish_removal()
                 yield
             finally:
@@ -265,9 +265,9 @@ class FeatureStore:
         """Return the file that holds the records of a part."""
         return self.path / "examples" / f"part-{part:06d}.parquet"
 
-    def references_path(self, number: int) -> Path:
+    def references_path(self, number: int, key: str) -> Path:
         """Return the file that keeps a round of fresh draws of the references."""
-        return self.path / "references" / f"round-{number:03d}.safetensors"
+        return self.path / "references" / f"round-{number:03d}-{key}.safetensors"
 
     def write_part(self, part: int, features: PartFeatures | None, records: Sequence[Record]) -> None:
         """Commit one part: its records first, then its features, whose presence is the sign that it is done.
@@ -327,8 +327,11 @@ class FeatureStore:
                 tensors = read_tensors(self.features_path(part), self.feature_shape)
                 self._write_files(part, self._without_removed(tensors), kept)
         for file in self._references_files():
-            if not self.removed.isdisjoint(read_tensors(file, self.feature_shape)["ids"].tolist()):
-                file.unlink()
+            if not self._is_of_these_examples(file):
+                try:
+                    file.unlink(missing_ok=True)
+                except OSError as err:
+                    raise StoreError(f"{file} cannot be deleted: {err.strerror}; delete it, and go on.") from err
         for cached in ("parts", "_part_ids"):  # the writer adds parts to these
             self.__dict__.pop(cached, None)
 
@@ -433,26 +436,33 @@ class FeatureStore:
                 if not torch.isfinite(features.features).all():
                     raise StoreCorruptError(f"{self.features_path(part)} holds NaN or infinity.")
                 records = self.read_records(part)
-                self._check_removed(self.examples_path(part), [record.id for record in records])
+                if not self.removed.isdisjoint(record.id for record in records):
+                    raise StoreCorruptError(
+                        f"{self.examples_path(part)} has removed examples; run `carv-attrib index`."
+                    )
                 good = [record.id for record in records if record.error is None]
                 if good != features.ids.tolist():
                     raise StoreCorruptError(f"{self.examples_path(part)} does not list the examples of its features.")
                 self._check_examples(part)
             except StoreCorruptError as err:
                 problems.append(str(err))
-        for file in self._references_files():
-            try:
-                self._check_removed(file, read_tensors(file, self.feature_shape)["ids"].tolist())
-            except StoreCorruptError as err:
-                problems.append(str(err))
+        problems += [
+            f"{file} is damaged or has removed examples; delete it, and the next query that refines makes it again."
+            for file in self._references_files()
+            if not self._is_of_these_examples(file)
+        ]
         return problems
 
-    def _check_removed(self, path: Path, ids: Sequence[int]) -> None:
-        if not self.removed.isdisjoint(ids):
-            raise StoreCorruptError(f"{path} has removed examples; run `carv-attrib index`.")
-
     def _references_files(self) -> list[Path]:
-        return sorted(self.references_path(0).parent.glob("round-*.safetensors"))
+        """Return the files that keep fresh draws of the references."""
+        return sorted((self.path / "references").glob("round-*.safetensors"))
+
+    def _is_of_these_examples(self, file: Path) -> bool:
+        """Return whether a file of draws of the references is whole, and has none of an example that was removed."""
+        try:
+            return self.removed.isdisjoint(read_tensors(file, self.feature_shape)["ids"].tolist())
+        except StoreCorruptError:
+            return False
 
     def _check_examples(self, part: int) -> None:
         """Compare the checksum of the records of a part, of which reading compares no more than the pages."""

@@ -167,7 +167,7 @@ def refine(name: str, results: Results) -> None:
     full = make_index(name, teacher, num_draws=64, seed=6000).band_scores(pictures, labels=labels)
     full_scores, full_widths = full.scores.numpy(), full.half_widths.numpy()
     index = make_index(name, teacher, num_draws=8, seed=7000)
-    shutil.rmtree(index.store.path / "references", ignore_errors=True)
+    shutil.rmtree(index.store.path / "references", ignore_errors=True)  # so that the first query draws them
     refined, scales, held, evaluations = np.full_like(full_scores, -np.inf), [], [], []
     for row, picture in enumerate(pictures):
         result = index.query(picture, label=labels[row] if labels else None, refine=50, top_k=50)

@@ -237,8 +237,10 @@ def test_iid_draws_have_no_standard_error(
     tmp_path: Path, dit_folder: Path, digits_folder: Path, pictures: list[tuple[Image.Image, int]]
 ) -> None:
     featurize(dit_folder, digits_folder, tmp_path / "index", **SETTINGS | {"scheme": "iid"})
-    result = Attributor.open(tmp_path / "index", device="cpu").query(pictures[0][0], label=0)
+    opened = Attributor.open(tmp_path / "index", device="cpu")
+    result = opened.query(pictures[0][0], label=0)
     assert [match.standard_error for match in result.proponents] == [None] * 10
+    assert opened.band_scores([pictures[0][0]], labels=[0]).projection is None
 
 
 def test_an_index_that_was_built_again_must_be_opened_again(

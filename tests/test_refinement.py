@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from carv_attrib import Attributor, featurize
+from carv_attrib import Attributor, featurize, load_teacher
 from carv_attrib.data import open_dataset
-from carv_attrib.errors import ArgumentError, DataError, StoreCorruptError, StoreMismatchError
+from carv_attrib.errors import ArgumentError, DataError, StoreMismatchError
 from carv_attrib.inspection import verify
 from carv_attrib.maintenance import remove
 from carv_attrib.references import References
@@ -62,42 +62,74 @@ def test_refined_scores_are_those_of_all_draws_together(attributor: Attributor, 
     np.testing.assert_allclose(refined.scores, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_draws_of_references_are_kept_in_the_index(
-    copied_index: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    question: dict[str, Any] = {"label": 1, "top_k": 10, "refine": 10, "max_draws": 12}
+def evaluations_and_scores(index: Path, picture: Path, max_draws: int = 12) -> tuple[int, np.ndarray]:
+    """Return what refining 10 examples in a newly opened index takes and finds."""
+    opened = Attributor.open(index, device="cpu")
+    result = opened.query(picture, label=1, top_k=10, refine=10, max_draws=max_draws)
+    return int(result.cost["network_evaluations"]), result.scores
 
-    def asked(max_draws: int = 12) -> tuple[int, np.ndarray]:
-        result = Attributor.open(copied_index, device="cpu").query(picture, **question | {"max_draws": max_draws})
-        return int(result.cost["network_evaluations"]), result.scores
 
-    own, all_20 = 4 * (1 + 10), 4 * 20
-    with monkeypatch.context() as patch:
-        patch.setattr("carv_attrib.references.write_tensors", refuse_to_write)
-        evaluations, scores = asked()
-        assert evaluations == 4 + 2 * (own + all_20)
-    for expected in (4 + 2 * (own + all_20), 4 + 2 * own):
-        evaluations, again = asked()
+OWN, OF_ALL_20 = 4 * (1 + 10), 4 * 20
+"""Evaluations of a round: of the query and 10 candidates, and of the references, which are all examples."""
+
+
+def test_draws_of_references_are_kept_in_the_index(copied_index: Path, picture: Path) -> None:
+    folder = copied_index / "references"
+    folder.write_text("in the way")  # a folder that cannot be written
+    evaluations, scores = evaluations_and_scores(copied_index, picture)
+    assert evaluations == 4 + 2 * (OWN + OF_ALL_20)
+    folder.unlink()
+    for expected in (4 + 2 * (OWN + OF_ALL_20), 4 + 2 * OWN):
+        evaluations, again = evaluations_and_scores(copied_index, picture)
         assert evaluations == expected
         np.testing.assert_array_equal(again, scores)
-    assert asked(16)[0] == 4 + 3 * own + all_20  # a round more
+    assert evaluations_and_scores(copied_index, picture, max_draws=16)[0] == 4 + 3 * OWN + OF_ALL_20  # a round more
+    assert folder.stat().st_mode == copied_index.stat().st_mode
     assert verify(copied_index) == []
 
-    file = copied_index / "references" / "round-001.safetensors"
-    content = bytearray(file.read_bytes())
+
+def test_damaged_draws_of_references_are_made_again(copied_index: Path, picture: Path) -> None:
+    _, scores = evaluations_and_scores(copied_index, picture)
+    damaged = sorted((copied_index / "references").iterdir())[1]
+    content = bytearray(damaged.read_bytes())
     content[-9] ^= 1
-    file.write_bytes(content)
-    assert [str(file) in problem for problem in verify(copied_index)] == [True]
-    with pytest.raises(StoreCorruptError, match=r"round-001.safetensors is damaged: its checksum .* delete it"):
-        asked()
-    file.unlink()
+    damaged.write_bytes(content)
+    assert [f"{damaged} is damaged" in problem for problem in verify(copied_index)] == [True]
+    evaluations, again = evaluations_and_scores(copied_index, picture)
+    assert evaluations == 4 + 2 * OWN + OF_ALL_20
+    np.testing.assert_array_equal(again, scores)
+    assert verify(copied_index) == []
+
+
+def test_draws_of_other_references_are_not_used(
+    copied_index: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("carv_attrib.references.NUM_REFERENCES", 5)
+        assert evaluations_and_scores(copied_index, picture)[0] == 4 + 2 * (OWN + 4 * 5)
+    assert evaluations_and_scores(copied_index, picture)[0] == 4 + 2 * (OWN + OF_ALL_20)
+    assert len(list((copied_index / "references").iterdir())) == 2  # of each round the last that were made
+    bfloat16 = load_teacher(Attributor.open(copied_index).store.manifest["teacher"]["source"], dtype="bfloat16")
+    opened = Attributor.open(copied_index, teacher=bfloat16)
+    result = opened.query(picture, label=1, top_k=10, refine=10, max_draws=12)
+    assert result.cost["network_evaluations"] == 4 + 2 * (OWN + OF_ALL_20)
+
+
+def test_nothing_of_a_removed_example_is_left_in_references(copied_index: Path, picture: Path) -> None:
+    opened = Attributor.open(copied_index, device="cpu")
+    opened.query(picture, label=1, refine=10, max_draws=8)
+    (file,) = (copied_index / "references").iterdir()
+    content = file.read_bytes()
     remove(copied_index, ids=[3])
-    assert list(file.parent.iterdir()) == []  # nothing of a removed example is left
-    assert asked()[0] == 4 + 2 * (own + all_20 - 4)
-
-
-def refuse_to_write(*_: object) -> None:
-    raise PermissionError("a folder that cannot be written")
+    assert not file.exists()
+    opened.query(picture, label=1, refine=10, max_draws=12)  # which was opened before
+    assert list(file.parent.iterdir()) == []
+    file.write_bytes(content)
+    assert ["has removed examples" in problem for problem in verify(copied_index)] == [True]
+    file.write_bytes(b"damaged")
+    remove(copied_index, ids=[4])
+    assert not file.exists()
+    assert evaluations_and_scores(copied_index, picture)[0] == 4 + 2 * (OWN + OF_ALL_20 - 4 * 2)
 
 
 def test_fresh_draws_are_new_in_each_round_and_shared_between_examples(attributor: Attributor, picture: Path) -> None:
@@ -179,15 +211,15 @@ def test_iid_draws_cannot_be_refined(tmp_path: Path, dit_folder: Path, digits_fo
         Attributor.open(tmp_path / "index", device="cpu").query(picture, label=1, refine=10)
 
 
-def test_the_data_set_must_be_there_and_be_the_same(tmp_path: Path, tiny_index: Path, digits_folder: Path) -> None:
+def test_the_data_set_must_be_there_and_be_the_same(tmp_path: Path, copied_index: Path, digits_folder: Path) -> None:
     shutil.copytree(digits_folder, tmp_path / "digits")
     picture = tmp_path / "digits" / "1" / "001.png"
-    moved = Attributor.open(tiny_index, dataset=tmp_path / "digits", device="cpu")
+    moved = Attributor.open(copied_index, dataset=tmp_path / "digits", device="cpu")
     assert len(moved.query(picture, label=1, refine=10, max_draws=8).ids) == 10
     shutil.copy(picture, tmp_path / "digits" / "1" / "999.png")
-    changed = Attributor.open(tiny_index, dataset=tmp_path / "digits", device="cpu")
+    changed = Attributor.open(copied_index, dataset=tmp_path / "digits", device="cpu")
     with pytest.raises(StoreMismatchError, match="the index was made from another data set .* Give the first as"):
         changed.query(picture, label=1, refine=10, max_draws=8)
-    gone = Attributor.open(tiny_index, dataset=tmp_path / "none", device="cpu")
+    gone = Attributor.open(copied_index, dataset=tmp_path / "none", device="cpu")
     with pytest.raises(DataError, match="none"):
         gone.query(picture, label=1, refine=10)
