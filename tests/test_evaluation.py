@@ -132,8 +132,15 @@ def test_ground_truth_that_is_wrong_is_one_line(tiny_index: Path, tmp_path: Path
     (tmp_path / "damaged.npz").write_bytes(whole[:200] + b"x" * 100 + whole[300:])
     with pytest.raises(DataError, match="`ground_truth` .*damaged.npz cannot be read: "):
         GroundTruth.load(tmp_path / "damaged.npz")
-    with pytest.raises(DataError, match=r"must have an array masks \(models, train\) .* its shape is \(\); see"):
+    with pytest.raises(
+        DataError, match="has no array masks, but losses, .*; see docs/evaluation.md, and whether it is"
+    ):
         GroundTruth.load(save(masks=None))
+    for images in (np.zeros((6, 4, 4), np.float32), np.zeros((6, 4, 4, 4), np.uint8), np.zeros((6, 4), np.uint8)):
+        with pytest.raises(
+            DataError, match=r"must have query_images \(queries, height, width\) or .* in uint8, they are"
+        ):
+            GroundTruth.load(save(query_images=images))
     with pytest.raises(DataError, match=r"must have an array losses \(models, queries, strata\)"):
         GroundTruth.load(save(losses=np.zeros((20, 6))))
     with pytest.raises(DataError, match=r"must have an array query_labels \(queries\) whose axes fit the others"):
@@ -151,6 +158,8 @@ def test_ground_truth_that_is_wrong_is_one_line(tiny_index: Path, tmp_path: Path
     assert shown.exit_code == 1
     assert shown.output.count("\n") == 1
     assert "are not the `train_ids` of the ground truth (=20)" in shown.output
+    shown = run("lds", tiny_index, "--ground-truth", save(train_ids=np.arange(20)[::-1]))
+    assert shown.output.endswith("must be increasing; sort them, and `masks` alike.\n")
 
 
 # Two indexes of the same examples.
@@ -412,7 +421,7 @@ def test_results_that_are_wrong_are_one_line(tmp_path: Path, save_results: Calla
         Counterfactuals.load(tmp_path / "text.npz")
     with pytest.raises(DataError, match=r"must have an array losses \(methods, fractions, queries, seeds\) whose axes"):
         Counterfactuals.load(save_results(losses=np.zeros((2, 2, 5))))
-    with pytest.raises(DataError, match=r"must have an array full_losses \(queries, seeds\) .* its shape is \(\)"):
+    with pytest.raises(DataError, match="`results` .* has no array full_losses, but methods"):
         Counterfactuals.load(save_results(full_losses=None))
     with pytest.raises(DataError, match="must have finite losses, NaN for no model; train those again"):
         Counterfactuals.load(save_results(full_losses=np.full((5, 2), np.inf)))

@@ -32,9 +32,14 @@ def read_arrays(path: str | Path, argument: str, axes: Mapping[str, tuple[str, .
             arrays = {name: file[name] for name in file.files}
     except _READ_ERRORS as err:
         raise DataError(f"`{argument}` {path} cannot be read: {' '.join(str(err).split())}.") from err
+    if lost := [name for name in axes if name not in arrays]:
+        raise DataError(
+            f"`{argument}` {path} has no array {', '.join(lost)}, but {', '.join(arrays) or 'none'}; "
+            "see docs/evaluation.md, and whether it is the file that you mean."
+        )
     lengths: dict[str, int] = {}
     for name, own_axes in axes.items():
-        shape = arrays[name].shape if name in arrays else ()
+        shape = arrays[name].shape
         sizes = dict(zip(own_axes, shape, strict=False))
         if len(sizes) < len(own_axes) or any(lengths.setdefault(axis, size) != size for axis, size in sizes.items()):
             raise DataError(

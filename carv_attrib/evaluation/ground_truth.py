@@ -62,6 +62,12 @@ class GroundTruth:
         arrays = read_arrays(path, "ground_truth", _ARRAYS)
         if not np.isfinite(arrays["losses"]).all():
             raise DataError(f"`ground_truth` {path} must have finite losses; train the models that failed again.")
+        images = arrays["query_images"]
+        if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (3,)):
+            raise DataError(
+                f"`ground_truth` {path} must have query_images (queries, height, width) or (queries, height, width, 3) "
+                f"in uint8, they are {images.shape} in {images.dtype}."
+            )
         models, num_seeds = [], len(np.unique(arrays["seeds"]))
         for subset in np.unique(arrays["subsets"]):
             own = np.flatnonzero(arrays["subsets"] == subset)
@@ -97,6 +103,8 @@ class GroundTruth:
             DataError: if the index is not of these training examples, or its teacher needs more than the queries have.
         """
         if not np.array_equal(attributor.ids, self.train_ids):
+            if np.array_equal(attributor.ids, np.sort(self.train_ids)):
+                raise DataError("the `train_ids` of the ground truth must be increasing; sort them, and `masks` alike.")
             raise DataError(
                 f"the ids of the index (={len(attributor.ids)}) are not the `train_ids` of the ground truth "
                 f"(={len(self.train_ids)}); featurize those examples, with their `id_column`."

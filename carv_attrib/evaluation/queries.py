@@ -106,7 +106,10 @@ class Queries:
         path, known = attributor.store.path, attributor.store.manifest["dataset"]["label_names"]
         labels = [label for label in self.labels or () if label is not None]
         if len(labels) < len(self.images):
-            raise DataError(f"the teacher of {path} needs a class for every query; sort them into folders by class.")
+            raise DataError(
+                f"the teacher of {path} needs a class for every query; sort them into folders by class, or have no -1 "
+                "in the `query_labels` of a ground truth."
+            )
         if self.class_names is None:
             return labels
         names = [self.class_names[label] for label in labels]
