@@ -373,6 +373,23 @@ def test_automatic_damping_falls_with_the_bands_but_not_below_what_other_example
     assert choose_damping(unlike, 64) == choose_damping(unlike, 4)
 
 
+def test_the_kernel_of_many_bands_is_of_all_examples_and_its_damping_of_halves_of_them(
+    tmp_path: Path, store: FeatureStore, draws: Tensor
+) -> None:
+    """Every other example is in a half, whatever the sizes of parts are."""
+    config = store.manifest["config"] | {"num_bands": 2 * BANDS, "part_size": 15}  # type: ignore[operator]
+    many = FeatureStore.create(tmp_path / "many", store.manifest | {"config": config, "num_replicates": 1})
+    for part in range(3):
+        rows = list(many.part_rows(part))
+        records = [Record(i, str(i), None, None, b"") for i in rows]
+        many.write_part(part, PartFeatures(torch.tensor(rows), draws[rows][:, :, None]), records)
+    kernel = fit_kernel(FeatureStore.open(many.path))
+    found = kernel.eigenvectors @ kernel.eigenvalues.diag() @ kernel.eigenvectors.T
+    torch.testing.assert_close(found, hessian_of(draws, "bands"))
+    quarters = [[moment(draws.double()[own::2, half::2]) for own in (0, 1)] for half in (0, 1)]
+    assert kernel.auto_damping == pytest.approx(choose_damping(quarters, 2 * BANDS), rel=1e-9)
+
+
 def test_automatic_damping_is_positive_and_finite() -> None:
     singular = torch.diag(torch.tensor([1.0, 0.0]).double())
     assert choose_damping([[singular] * 2] * 2, 4) == pytest.approx(1e-5 / 2)
