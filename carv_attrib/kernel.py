@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 from pathlib import Path
 from typing import Literal
 
@@ -35,8 +33,8 @@ _SIDE_BY_SIDE = 4096
 """Dimensions up to which two eigendecompositions are made at once: beyond, they take gigabytes each."""
 DAMPINGS = torch.logspace(-5, 1, 121, dtype=torch.float64)
 """That `auto` chooses among, before it is halved and adapted to the number of bands."""
-_USUAL_BANDS = 4
-"""With so many bands, `auto` damping is what other draws ask for."""
+_ENOUGH_BANDS = 4
+"""With fewer bands, `auto` damping is larger."""
 
 
 @dataclass(frozen=True)
@@ -142,11 +140,9 @@ def fit_kernel(store: FeatureStore, kind: KernelKind = "bands") -> Kernel:
             "`kernel` means needs means over draws, but this index keeps every draw with the root of its weight; "
             "use `kernel` bands, or featurize with fewer `num_bands`."
         )
-    num_bands = 1 if kind == "means" else config.num_bands
-    num_splits = 2 if num_bands > _USUAL_BANDS else 1
-    grams: list[list[Tensor]] = [[torch.zeros(())] * num_splits for _ in range(2)]  # [half of draws][of examples]
+    halves: list[Tensor] = [torch.zeros(()), torch.zeros(())]
     of_means: Tensor = torch.zeros(())
-    num_examples = num_vectors = 0
+    num_vectors = 0
     for part in store.parts:
         draws = store.read_part(part).features.double().flatten(1, 2)  # (examples, replicates of bands, d)
         sides = [draws[:, ::2], draws[:, 1::2]]
@@ -154,16 +150,13 @@ def fit_kernel(store: FeatureStore, kind: KernelKind = "bands") -> Kernel:
             sides = [side.mean(1, keepdim=True) for side in sides]
             draws = draws.mean(1, keepdim=True)
             of_means = of_means + _gram(draws)
-        for own, side in zip(grams, sides, strict=True):
-            for split in range(num_splits):
-                own[split] = own[split] + _gram(side[(split + num_examples) % num_splits :: num_splits])
-        num_examples += draws.shape[0]
+        halves = [half + _gram(side) for half, side in zip(halves, sides, strict=True)]
         num_vectors += draws.shape[0] * draws.shape[1]
     if num_vectors == 0:
         raise StoreError(f"{store.path} holds no features yet; run featurize first.")
-    auto_damping = DEFAULT_DAMPING if _has_one_draw(store) else choose_damping(grams, num_bands)
-    gram = of_means if kind == "means" else reduce(add, grams[0] + grams[1])
-    return decompose(gram, num_vectors, kind, auto_damping)
+    num_bands = 1 if kind == "means" else config.num_bands
+    auto_damping = DEFAULT_DAMPING if _has_one_draw(store) else choose_damping(halves[0], halves[1], num_bands)
+    return decompose(of_means if kind == "means" else halves[0] + halves[1], num_vectors, kind, auto_damping)
 
 
 def decompose(
@@ -175,23 +168,19 @@ def decompose(
     return Kernel(kind, eigenvalues.clamp(min=0), eigenvectors, num_vectors, auto_damping)
 
 
-def choose_damping(grams: Sequence[Sequence[Float64[Tensor, "d d"]]], num_bands: int) -> float:
-    """Return the damping, relative to the mean eigenvalue, by cross-validation over draws and examples (eq. (9')).
+def choose_damping(first: Float64[Tensor, "d d"], second: Float64[Tensor, "d d"], num_bands: int) -> float:
+    """Return the damping, relative to the mean eigenvalue, by cross-validation over draws (eq. (9')).
 
     Args:
-        grams: H, up to a factor, of halves of the draws, and within these of halves of the examples, or of all where
-            there are at most `_USUAL_BANDS`: [draws][examples].
-        num_bands: that are scored, of whose scores the mean is taken.
+        first: H, up to a factor, of one half of the draws.
+        second: of the other half.
+        num_bands: of whose scores the mean is taken.
     """
-    of_draws = [reduce(add, own) for own in grams]
-    pairs = [(of_draws[0], of_draws[1]), (of_draws[1], of_draws[0])]
-    if num_bands > _USUAL_BANDS:
-        pairs.append((grams[0][0] + grams[1][0], grams[0][1] + grams[1][1]))
-    threads = 2 if len(of_draws[0]) <= _SIDE_BY_SIDE else 0
-    with _one_thread(), closing(in_order(lambda pair: _cross_validated(*pair), pairs, threads)) as chosen:
-        first, second, *by_examples = chosen
-    by_draws = math.sqrt(first * second) / 2  # H has twice the draws of a half
-    return max(by_draws * (_USUAL_BANDS / num_bands) ** 2, min([by_draws, *by_examples]) if by_examples else 0.0)
+    pairs = ((first, second), (second, first))
+    threads = 2 if len(first) <= _SIDE_BY_SIDE else 0
+    with _one_thread(), closing(in_order(lambda pair: _cross_validated(*pair), pairs, threads)) as found:
+        by_draws = math.prod(found) ** 0.5 / 2  # H has twice the draws of a half
+    return by_draws * max(1.0, _ENOUGH_BANDS / num_bands) ** 2
 
 
 def _cross_validated(known: Float64[Tensor, "d d"], other: Float64[Tensor, "d d"]) -> float:

@@ -289,34 +289,25 @@ def test_means_of_root_weighted_draws_are_refused(store: FeatureStore) -> None:
         fit_kernel(store, "means")
 
 
-def likeliest(known: Tensor, other: Tensor) -> float:
-    """Return the damping of one second moment that makes vectors with another the most likely, written out."""
+@pytest.mark.parametrize("kind", ["bands", "means"])
+def test_automatic_damping_is_that_of_equation_9_prime(store: FeatureStore, draws: Tensor, kind: KernelKind) -> None:
+    """Written out: the likelihood of one half of the draws under each damping of the other."""
+    halves = [draws.double()[:, half::2] for half in (0, 1)]
+    if kind == "means":
+        halves = [half.mean(1, keepdim=True) for half in halves]
+    moments = [(half.flatten(0, 1).T @ half.flatten(0, 1)) / half.flatten(0, 1).shape[0] for half in halves]
 
-    def surprise(damping: float) -> float:
+    def surprise(damping: float, known: Tensor, other: Tensor) -> float:
         covariance = known + damping * torch.trace(known) / DIM * torch.eye(DIM)
         covariance = covariance * torch.trace(torch.linalg.solve(covariance, other)) / DIM  # the best factor
         density = torch.distributions.MultivariateNormal(torch.zeros(DIM).double(), covariance)
         vectors = torch.linalg.cholesky(other).T * DIM**0.5  # their second moment is the other's
         return -float(density.log_prob(vectors).mean())
 
-    return min(DAMPINGS.tolist(), key=surprise)
-
-
-def moment(vectors: Tensor) -> Tensor:
-    flat = vectors.flatten(0, 1)
-    return flat.T @ flat / len(flat)
-
-
-@pytest.mark.parametrize("kind", ["bands", "means"])
-def test_automatic_damping_is_that_of_equation_9_prime(store: FeatureStore, draws: Tensor, kind: KernelKind) -> None:
-    halves = [draws.double()[:, half::2] for half in (0, 1)]
-    if kind == "means":
-        halves = [half.mean(1, keepdim=True) for half in halves]
-    one, other = (moment(half) for half in halves)
-    num_bands = {"bands": BANDS, "means": 1}[kind]
+    found = [min(DAMPINGS.tolist(), key=lambda x, p=p: surprise(x, *p)) for p in (moments, moments[::-1])]  # type: ignore[misc]
     kernel = fit_kernel(store, kind)
-    by_draws = (likeliest(one, other) * likeliest(other, one)) ** 0.5 / 2
-    assert kernel.auto_damping == pytest.approx(by_draws * (4 / num_bands) ** 2, rel=1e-9)
+    num_bands = {"bands": BANDS, "means": 1}[kind]
+    assert kernel.auto_damping == pytest.approx((found[0] * found[1]) ** 0.5 / 2 * (4 / num_bands) ** 2, rel=1e-9)
     torch.testing.assert_close(
         kernel.inverse("preconditioned", "auto"), kernel.inverse("preconditioned", kernel.auto_damping)
     )
@@ -349,49 +340,23 @@ def test_automatic_damping_falls_with_the_number_of_draws(num_draws: int) -> Non
     generator = torch.Generator().manual_seed(0)
     signal = torch.randn(2000, 1, 40, generator=generator) * torch.linspace(0.2, 2, 40)
 
-    def quarters(draws: int) -> list[list[Tensor]]:
-        return [[of_draws(draws)] * 2 for _ in range(2)]
-
-    def of_draws(draws: int) -> Tensor:
+    def moment(draws: int) -> Tensor:
         directions = torch.randn(draws, 40, generator=generator) / 2
         vectors = signal + torch.randn(2000, draws, 1, generator=generator) * directions
-        return moment(vectors.double())
+        flat = vectors.flatten(0, 1).double()
+        return flat.T @ flat / len(flat)
 
-    found = [choose_damping(quarters(n), 4) for n in (num_draws, 4 * num_draws)]
+    found = [choose_damping(moment(n), moment(n), num_bands=4) for n in (num_draws, 4 * num_draws)]
     assert found[1] < found[0]
-
-
-def test_automatic_damping_falls_with_the_bands_but_not_below_what_other_examples_ask_for(draws: Tensor) -> None:
-    halves = [[draws.double()[own::2, half::2] for own in (0, 1)] for half in (0, 1)]
-    quarters = [[moment(quarter) for quarter in half] for half in halves]
-    by_draws = choose_damping(quarters, 4)
-    by_examples = likeliest(*(moment(draws.double()[own::2]) for own in (0, 1)))
-    assert by_draws / 16**2 < by_examples < by_draws / 1.25**2
-    assert [choose_damping(quarters, bands) / by_draws for bands in (1, 2, 5)] == pytest.approx([16, 4, 0.64])
-    assert [choose_damping(quarters, bands) for bands in (64, 256)] == pytest.approx([by_examples] * 2)
-    unlike = [[torch.eye(2).double(), torch.diag(torch.tensor([1.0, 1e-9]).double())]] * 2  # examples, not draws
-    assert choose_damping(unlike, 64) == choose_damping(unlike, 4)
-
-
-def test_the_kernel_of_many_bands_is_of_all_examples_and_its_damping_of_halves_of_them(
-    tmp_path: Path, store: FeatureStore, draws: Tensor
-) -> None:
-    """Every other example is in a half, whatever the sizes of parts are."""
-    config = store.manifest["config"] | {"num_bands": 2 * BANDS, "part_size": 15}  # type: ignore[operator]
-    many = FeatureStore.create(tmp_path / "many", store.manifest | {"config": config, "num_replicates": 1})
-    for part in range(3):
-        rows = list(many.part_rows(part))
-        records = [Record(i, str(i), None, None, b"") for i in rows]
-        many.write_part(part, PartFeatures(torch.tensor(rows), draws[rows][:, :, None]), records)
-    kernel = fit_kernel(FeatureStore.open(many.path))
-    found = kernel.eigenvectors @ kernel.eigenvalues.diag() @ kernel.eigenvectors.T
-    torch.testing.assert_close(found, hessian_of(draws, "bands"))
-    quarters = [[moment(draws.double()[own::2, half::2]) for own in (0, 1)] for half in (0, 1)]
-    assert kernel.auto_damping == pytest.approx(choose_damping(quarters, 2 * BANDS), rel=1e-9)
 
 
 def test_automatic_damping_is_positive_and_finite() -> None:
     singular = torch.diag(torch.tensor([1.0, 0.0]).double())
-    assert choose_damping([[singular] * 2] * 2, 4) == pytest.approx(1e-5 / 2)
-    narrow = torch.diag(torch.tensor([1.0, 1e-9]).double())
-    assert choose_damping([[torch.eye(2).double()] * 2, [narrow] * 2], 4) <= 5
+    assert choose_damping(singular, singular, num_bands=4) == pytest.approx(1e-5 / 2)
+    assert choose_damping(torch.eye(2).double(), torch.diag(torch.tensor([1.0, 1e-9]).double()), num_bands=4) <= 5
+
+
+def test_automatic_damping_is_larger_for_fewer_than_four_bands() -> None:
+    halves = [torch.diag(torch.tensor(values).double()) for values in ([1.0, 0.1], [1.0, 0.2])]
+    usual = choose_damping(*halves, num_bands=4)
+    assert [choose_damping(*halves, num_bands=n) / usual for n in (1, 2, 4, 16)] == pytest.approx([16, 4, 1, 1])
