@@ -199,15 +199,6 @@ class Scorer:
         return slice(int(inside[0]), int(inside[-1]) + 1)
 
     @property
-    def _is_independent(self) -> bool:
-        """Whether replicates and bands are of independent draws: those of sorted iid draws are not."""
-        return bool(self.store.manifest["config"]["scheme"] != "iid")
-
-    @cached_property
-    def _references(self) -> References:
-        return References(self.store)
-
-    @property
     def band_edges(self) -> Float[np.ndarray, " edges"]:
         """Timesteps at which bands begin and end."""
         num_timesteps = self.estimator.teacher.noise_schedule.num_timesteps
@@ -328,6 +319,15 @@ class Scorer:
             asked_again = self.prepare(query, choice, window, refined=(kernel, train))
             found = self.score(asked_again, train[:, window])
             yield found, (2 + number) * estimator.config.num_draws, evaluations
+
+    @property
+    def _is_independent(self) -> bool:
+        """Whether replicates and bands are of independent draws: those of sorted iid draws are not."""
+        return bool(self.store.manifest["config"]["scheme"] != "iid")
+
+    @cached_property
+    def _references(self) -> References:
+        return References(self.store)
 
     def _index(self, choice: Choice) -> FeatureIndex:
         """Return the stored index if it serves, else one built in memory for this score."""
