@@ -54,8 +54,8 @@ def append(
 
     Raises:
         ArgumentError: for a setting that is the index's own.
-        DataError: if the data set cannot be read, lacks what the teacher needs, or has other classes or ids that the
-            index has already.
+        DataError: if the data set cannot be read, lacks what the teacher needs, has a class that the index does not
+            have by name, or ids that it has already.
         StoreMismatchError: for another teacher, or if another append was begun and not finished.
     """
     if unknown := sorted(set(settings) - set(APPEND_SETTINGS)):
@@ -72,7 +72,8 @@ def append(
         if begun is None and not store.is_complete:
             raise StoreError(f"{path} is not complete; run featurize to the end before anything is appended.")
         first_id = begun["first_id"] if begun else 1 + max(_all_ids(store), default=-1)
-        examples = open_dataset(dataset, first_id=first_id, **data)
+        classes = store.manifest["dataset"]["label_names"]
+        examples = open_dataset(dataset, first_id=first_id, label_names=classes, **data)
         check_columns(teacher, examples)
         entry = describe_dataset(examples) | {"first_id": first_id, "data": data}
         if begun and begun["fingerprint"] != entry["fingerprint"]:
@@ -80,7 +81,7 @@ def append(
                 f"{path} has an unfinished append of {begun['source']}; run that again first, with the same data set."
             )
         if not begun and not _holds(store, dataset, data, len(examples)):
-            _check_new(store, entry, examples.ids)
+            _check_new(store, examples.ids)
             store.change_manifest(appended=[*store.manifest.get("appended", ()), entry])
         write_parts(store, estimator, examples, config.execution, store.segments[-1])
         build_index(FeatureStore.open(path), **read_index_choice(store))
@@ -256,23 +257,21 @@ def _holds(store: FeatureStore, dataset: Any, data: Mapping[str, Any], num_examp
     """Return whether a store has a data set already, whose examples got their ids then."""
     for known in (segment.dataset for segment in store.segments):
         if known["num_examples"] == num_examples:
-            examples = open_dataset(dataset, first_id=known.get("first_id", 0), **data)
+            classes = store.manifest["dataset"]["label_names"]
+            examples = open_dataset(dataset, first_id=known.get("first_id", 0), label_names=classes, **data)
             if examples.fingerprint == known["fingerprint"]:
                 _log.warning("%s has the examples of %s already; nothing is added.", store.path, examples.source)
                 return True
     return False
 
 
-def _check_new(store: FeatureStore, entry: Mapping[str, Any], ids: np.ndarray) -> None:
-    """Check that examples are not in a store yet, and that their classes are its own."""
+def _check_new(store: FeatureStore, ids: np.ndarray) -> None:
+    """Check that examples are not in a store yet."""
     if shared := _all_ids(store) & set(ids.tolist()):
         raise DataError(
             f"{store.path} has, or had, an example {min(shared)} already; give the new ones ids of their own, or leave "
             "`id_column` out."
         )
-    names, known = entry["label_names"], store.manifest["dataset"]["label_names"]
-    if names is not None and known is not None and list(names) != list(known)[: len(names)]:
-        raise DataError(f"{entry['source']} must have the classes of the index ({', '.join(known)}), in that order.")
 
 
 def _find(store: FeatureStore, ids: Sequence[int], keys: Sequence[str]) -> set[int]:

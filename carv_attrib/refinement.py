@@ -104,7 +104,8 @@ def reopen_dataset(
     for entry, source in zip_longest(entries, given):
         data = entry.get("data") or {name: config[name] for name in DataConfig.__dataclass_fields__}
         where = entry["source"] if source is None else source
-        examples = open_dataset(where, first_id=entry.get("first_id", 0), **data)
+        classes = entries[0]["label_names"]
+        examples = open_dataset(where, first_id=entry.get("first_id", 0), label_names=classes, **data)
         if examples.fingerprint != entry["fingerprint"]:
             raise StoreMismatchError(
                 f"the index was made from another data set ({entry['source']}), not from {examples.source}; "

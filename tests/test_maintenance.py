@@ -177,11 +177,26 @@ def test_a_bad_append_changes_nothing(
     assert Attributor.open(whole)
 
 
-def test_an_append_has_the_classes_of_the_index(tmp_path: Path, tiny_index: Path, digits: datasets.Dataset) -> None:
+def test_classes_of_an_append_are_those_of_the_index_by_name(
+    tmp_path: Path, tiny_index: Path, digits: datasets.Dataset
+) -> None:
     index = tmp_path / "index"
     shutil.copytree(tiny_index, index)
-    other = digits.remove_columns("id").cast_column("label", datasets.ClassLabel(names=["b", "a", "c"]))
-    with pytest.raises(DataError, match=r"must have the classes of the index \(0, 1, 2\), in that order"):
+    some = digits.remove_columns("id").filter(lambda label: label > 0, input_columns="label")
+    other = some.map(lambda row: {"label": 2 - row["label"]}).cast_column("label", datasets.ClassLabel(names=["2", "1"]))
+    store = append(index, other)
+    records = [record for part in store.parts for record in store.read_records(part)]
+    assert [record.label for record in records[-len(some) :]] == some["label"]
+    assert len(append(index, other).ids) == len(store.ids)  # known again
+    attributor = Attributor.open(index, dataset=[store.manifest["dataset"]["source"], other], device="cpu")
+    assert set(attributor.query(some[0]["image"], label=1, refine=20, max_draws=8).ids) <= set(store.ids)
+
+
+def test_an_append_with_another_class_is_refused(tmp_path: Path, tiny_index: Path, digits: datasets.Dataset) -> None:
+    index = tmp_path / "index"
+    shutil.copytree(tiny_index, index)
+    other = digits.remove_columns("id").cast_column("label", datasets.ClassLabel(names=["0", "a", "2"]))
+    with pytest.raises(DataError, match="in-memory dataset has a class 'a', which is none of 0, 1, 2; rename it"):
         append(index, other)
 
 

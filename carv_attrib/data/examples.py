@@ -58,6 +58,7 @@ class ExampleDataset:
         source: str,
         folder: Path | None = None,
         first_id: int = 0,
+        label_names: Sequence[str] | None = None,
     ) -> None:
         """Read every column but the images; files of an image `folder` must lie inside it."""
         import datasets
@@ -72,6 +73,9 @@ class ExampleDataset:
         self._keys = _row_keys(_cell_paths(self._cells, self._image_column), folder)
         self.ids = _read_ids(rows, columns["id"], first_id)
         self._labels, self.label_names = _read_labels(rows, columns["label"])
+        if label_names is not None and self._labels and self.label_names:
+            self._labels = _renumbered(self._labels, self.label_names, label_names, source)
+            self.label_names = tuple(label_names)
         self._captions = _read_column(rows, columns["caption"])
         self.has_labels, self.has_captions = self._labels is not None, self._captions is not None
         if not self.has_labels:
@@ -237,6 +241,20 @@ def _read_labels(rows: datasets.Dataset, column: str | None) -> tuple[list[int |
     if labels is None or all(label is None for label in labels):
         return None, None
     return labels, names
+
+
+def _renumbered(
+    labels: Sequence[int | None], names: Sequence[str], wanted: Sequence[str], source: str
+) -> list[int | None]:
+    """Return labels as the numbers that the names of their classes have among the wanted ones."""
+    numbers = {name: number for number, name in enumerate(wanted)}
+    used = {label: names[label] for label in labels if label is not None}
+    if lost := [name for name in used.values() if name not in numbers]:
+        raise DataError(
+            f"{source} has a class {lost[0]!r}, which is none of {', '.join(wanted[:10])}{' ...' * (len(wanted) > 10)}; "
+            "rename it, or leave its examples out."
+        )
+    return [None if label is None else numbers[used[label]] for label in labels]
 
 
 def _read_ids(rows: datasets.Dataset, column: str | None, first_id: int) -> np.ndarray:

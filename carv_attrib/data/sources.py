@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,17 +48,20 @@ def open_dataset(
     caption_column: str | None = None,
     id_column: str | None = None,
     first_id: int = 0,
+    label_names: Sequence[str] | None = None,
 ) -> ExampleDataset:
     """The dataset at `source`, its columns found by type and name where they are not given.
 
-    Ids are those of the `id_column`, or row numbers after `first_id`.
+    Ids are those of the `id_column`, or row numbers after `first_id`. Classes that have names get the numbers that these
+    have in `label_names`, if it is given.
 
     `source` is "digits", a folder of images (sub-folders are labels, or splits if all of them are named so; with or
     without metadata.csv or .jsonl), a `save_to_disk` folder, a .parquet file, a hub id, or a `datasets.Dataset`.
 
     Raises:
         ArgumentError: no such split or column, a column of the wrong type, or several that could be meant.
-        DataError: `source` cannot be read, holds no rows or no images, or the ids are not unique integers.
+        DataError: `source` cannot be read, holds no rows or no images, the ids are not unique integers, or a class is not
+            in `label_names`.
     """
     with _quiet_datasets():
         splits, name, folder = _open_splits(source)
@@ -69,7 +72,7 @@ def open_dataset(
         raise DataError(f"`dataset` must hold at least one row, {name} has none; check the source and the split.")
     given = {"image": image_column, "label": label_column, "caption": caption_column, "id": id_column}
     columns = _find_columns(rows, given)
-    return ExampleDataset(rows, columns, name, folder, first_id)
+    return ExampleDataset(rows, columns, name, folder, first_id, label_names)
 
 
 @contextmanager
