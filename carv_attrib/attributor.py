@@ -52,8 +52,10 @@ class Attributor:
         for other in others:
             if not np.array_equal(other.store.ids, first.store.ids):
                 raise StoreMismatchError(
-                    f"{other.store.path} must hold the same examples as {self.store.path}; featurize both again."
+                    f"{other.store.path} must hold the same examples as {self.store.path}; if a removal was stopped, "
+                    "run it again, else featurize both again."
                 )
+            other.store.check_matches({"config": first.store.manifest["config"]})
 
     @staticmethod
     def open(

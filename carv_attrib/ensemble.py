@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from carv_attrib.errors import ArgumentError, StoreCorruptError, StoreError, StoreMismatchError
 from carv_attrib.files import atomic_file
 from carv_attrib.pipeline import featurize
+from carv_attrib.planning.costs import parse_budget
 from carv_attrib.store import ENSEMBLE_FILE, FeatureStore
 from carv_attrib.teacher import Teacher
 
@@ -33,7 +34,8 @@ def featurize_ensemble(
         teachers: two at least; loaded, folders or hub ids.
         dataset: as for `featurize`.
         output: folder that gets an index for each teacher, `checkpoint-0` and so on.
-        **settings: as for `featurize`, the same for all.
+        **settings: as for `featurize`, the same for all. A plan is made for the first teacher, with its share of the
+            budget, and the others have its settings.
 
     Raises:
         ArgumentError: for fewer than two teachers.
@@ -42,10 +44,14 @@ def featurize_ensemble(
     """
     folders = create_ensemble(Path(output), len(teachers))
     own_cache = Path(output) / "latents"
-    stores = [
-        featurize(teacher, dataset, folder, **{"latent_cache": str(own_cache), **settings})
-        for teacher, folder in zip(teachers, folders, strict=True)
-    ]
+    settings = {"latent_cache": str(own_cache), **settings}
+    aims = {name: settings.pop(name) for name in ("plan", "budget", "target_snr") if name in settings}
+    if aims.get("budget") is not None:
+        aims["budget"] = parse_budget(aims["budget"]) / len(teachers)
+    stores = [featurize(teachers[0], dataset, folders[0], **aims, **settings)]
+    planned = stores[0].manifest["plan"]["settings"] if aims.get("plan") else {}
+    for teacher, folder in zip(teachers[1:], folders[1:], strict=True):
+        stores.append(featurize(teacher, dataset, folder, **{**planned, **settings}))
     shutil.rmtree(own_cache, ignore_errors=True)
     return stores
 

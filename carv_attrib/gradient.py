@@ -6,6 +6,7 @@ hook on every attributed layer hands its inputs and output gradients to the proj
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -22,6 +23,8 @@ from carv_attrib.teacher import Condition, Teacher, placement
 
 FLOAT16_LOSS_SCALE = 1024.0
 """A mean over all positions has gradients that float16 would flush to zero; a power of two changes no other bit."""
+_HOOKING = threading.Lock()
+"""Held by one network call of the process at a time: hooks see every call of a module, whichever thread makes it."""
 
 
 def select_layers(denoiser: nn.Module, patterns: Sequence[str] = ()) -> list[Layer]:
@@ -130,7 +133,7 @@ def _project_rows(
     noisy_latents = teacher.noise_schedule.add_noise(latents, noise, timesteps)
     loss_scale = FLOAT16_LOSS_SCALE if dtype == torch.float16 else 1.0
     blocks: dict[str, Tensor] = {}
-    with torch.enable_grad(), _gradient_hooks(layers, projector, blocks, len(latents)):
+    with _HOOKING, torch.enable_grad(), _gradient_hooks(layers, projector, blocks, len(latents)):
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             model_output = teacher.predict(noisy_latents, timesteps, condition)
         target = teacher.noise_schedule.target(latents, noise, timesteps)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int64
 
 from carv_attrib.data import ExampleDataset, JoinedExamples
+from carv_attrib.errors import StoreError
 from carv_attrib.records import Record, label_name
 from carv_attrib.report import GroupScore
 from carv_attrib.scores import BandScores
@@ -83,6 +84,7 @@ def read_groups(store: FeatureStore, group_by: str, dataset: Callable[[], Exampl
     Raises:
         ArgumentError: if there is no such column.
         DataError: if the data set cannot be read.
+        StoreError: if examples were removed after the store was opened.
     """
     if group_by in OF_RECORDS:
         names = store.manifest["dataset"]["label_names"]
@@ -92,6 +94,8 @@ def read_groups(store: FeatureStore, group_by: str, dataset: Callable[[], Exampl
     else:
         examples = dataset()
         by_id = dict(zip(examples.ids.tolist(), examples.column(group_by), strict=True))
+    if not by_id.keys() >= set(store.ids.tolist()):
+        raise StoreError(f"{store.path} was changed after it was opened; open it again.")
     numbers: dict[str, int] = {}
     own = [numbers.setdefault(by_id[i], len(numbers)) for i in store.ids.tolist()]
     return Groups(list(numbers), np.array(own, dtype=np.int64))

@@ -306,7 +306,7 @@ def _make_shards(store: FeatureStore, whiten: _Whitening, factory: str) -> Itera
     """
     import faiss
 
-    parts = (whiten(store.read_part(part).features) for part in store.parts)
+    parts = (whiten(part.features) for part in store.read_parts())
     first = next(parts)
     try:
         empty = faiss.index_factory(first.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
@@ -334,11 +334,10 @@ def _training_vectors(store: FeatureStore, whiten: _Whitening, num_dims: int) ->
     chosen = choose_positions(stream_key(0, "index"), ids, number).numpy()
     chosen.sort()
     pieces, first = [], 0
-    for part in store.parts:
-        content = store.read_part(part)
-        rows = chosen[(chosen >= first) & (chosen < first + len(content.ids))] - first
-        pieces.append(whiten(content.features[rows]))
-        first += len(content.ids)
+    for part in store.read_parts():
+        rows = chosen[(chosen >= first) & (chosen < first + len(part.ids))] - first
+        pieces.append(whiten(part.features[rows]))
+        first += len(part.ids)
     return np.concatenate(pieces)
 
 

@@ -88,11 +88,10 @@ def top_self(path: str | Path, num: int = 10) -> list[SelfInfluence]:
     kernel = load_kernel(store.path / KERNEL_FILE)
     inverse = kernel.inverse("preconditioned", settings.damping)
     best: list[tuple[float, int]] = []
-    for part in store.parts:
-        content = store.read_part(part)
-        bands = kernel.banded(content.features).mean(2)  # (examples, bands, proj_dim)
+    for part in store.read_parts():
+        bands = kernel.banded(part.features).mean(2)  # (examples, bands, proj_dim)
         scores = (bands.square() * inverse).sum(2).mean(1)
-        best = heapq.nlargest(num, best + list(zip(scores.tolist(), (-content.ids).tolist(), strict=True)))
+        best = heapq.nlargest(num, best + list(zip(scores.tolist(), (-part.ids).tolist(), strict=True)))
     records = store.find_records([-negated for _, negated in best])
     names = store.manifest["dataset"]["label_names"]
     return [

@@ -143,8 +143,8 @@ def fit_kernel(store: FeatureStore, kind: KernelKind = "bands") -> Kernel:
     halves: list[Tensor] = [torch.zeros(()), torch.zeros(())]
     of_means: Tensor = torch.zeros(())
     num_vectors = 0
-    for part in store.parts:
-        draws = store.read_part(part).features.double().flatten(1, 2)  # (examples, replicates of bands, d)
+    for part in store.read_parts():
+        draws = part.features.double().flatten(1, 2)  # (examples, replicates of bands, d)
         sides = [draws[:, ::2], draws[:, 1::2]]
         if kind == "means":
             sides = [side.mean(1, keepdim=True) for side in sides]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -92,7 +93,7 @@ def remove(path: str | Path, *, ids: Iterable[int] = (), keys: Iterable[str] = (
     """Take examples out of an index, and build it again: features, records, pictures, kernel, search index, references.
 
     They do not come back when `featurize` is run again. Only their ids stay, in the manifest. Of an index of several
-    teachers they are taken out of each.
+    teachers they are taken out of each. A removal that was stopped is finished by the same call.
 
     Args:
         path: of the index.
@@ -100,29 +101,31 @@ def remove(path: str | Path, *, ids: Iterable[int] = (), keys: Iterable[str] = (
         keys: names of examples.
 
     Returns:
-        How many examples were removed.
+        How many examples were removed, now or, if they are named by id, before.
 
     Raises:
         ArgumentError: if the index does not have one of them, a key names several, or no example would be left; nothing
             is removed then.
     """
-    ids, keys, count = list(ids), list(keys), 0
+    ids, keys = list(ids), list(keys)
     if not ids and not keys:
         raise ArgumentError("`ids` or `keys` must name at least one example; `carv-attrib query` shows both.")
     stores = [FeatureStore.open(folder) for folder in member_folders(path)]
-    found = [_find(store, ids, keys) for store in stores]
-    for store, own in zip(stores, found, strict=True):
-        with store.writing():
-            store.remove(own)
+    with ExitStack() as held:
+        for store in stores:
+            held.enter_context(store.writing())
+        found = _find(stores, set(ids), set(keys))
+        for store in stores:
+            store.remove(found)
             build_index(FeatureStore.open(store.path), **read_index_choice(store))
-        count = len(own)
-    return count
+    return len(found)
 
 
 def merge(output: str | Path, shards: Sequence[str | Path]) -> FeatureStore:
     """Put the parts of shards, made with `--shard`, together in a new index, and build it.
 
-    Parts are copied and checked; the shards are left as they are. A merge that was stopped goes on.
+    Parts are copied and checked; the shards are left as they are. A merge that was stopped goes on. What was removed
+    from one shard is in no part of the new index.
 
     Args:
         output: a new folder, or the one that an earlier merge was stopped in.
@@ -130,15 +133,18 @@ def merge(output: str | Path, shards: Sequence[str | Path]) -> FeatureStore:
 
     Raises:
         StoreMismatchError: if shards were made differently; fields that differ are named.
-        StoreError: if a part is in none of them.
+        StoreError: if a part is in none of them, or examples were appended to one.
         StoreCorruptError: if a file is damaged.
     """
     stores = [FeatureStore.open(shard) for shard in shards]
     if not stores:
         raise ArgumentError("`shards` must name at least one folder.")
     identity = _identity(stores[0].manifest)
-    for store in stores[1:]:
+    for store in stores:
         store.check_matches(identity)
+        if len(store.segments) > 1:
+            raise StoreError(f"{store.path} has had examples appended, which a merge would lose; merge first.")
+    removed = set().union(*(store.removed for store in stores))
     owners = {part: store for store in reversed(stores) for part in store.parts}
     if lost := [part for part in range(stores[0].num_parts) if part not in owners]:
         raise StoreError(
@@ -151,6 +157,7 @@ def merge(output: str | Path, shards: Sequence[str | Path]) -> FeatureStore:
     else:
         merged = FeatureStore.create(output, stores[0].manifest)
     with merged.writing():
+        merged.remove(removed)
         for part in merged.missing_parts():
             owner = owners[part]
             owner.read_part(part)  # a damaged one is not spread
@@ -160,6 +167,7 @@ def merge(output: str | Path, shards: Sequence[str | Path]) -> FeatureStore:
             ):
                 with atomic_file(target) as temporary:
                     shutil.copyfile(source, temporary)
+        merged.remove(removed)  # from the new parts too
         merged = FeatureStore.open(output)
         build_index(merged)
     return merged
@@ -191,8 +199,8 @@ def _export_npy(store: FeatureStore, folder: Path) -> list[Path]:
     files = [folder / "features.npy", folder / "ids.npy"]
     features = np.lib.format.open_memmap(files[0], "w+", np.float32, (len(store.ids), bands * dims))
     start = 0
-    for part in store.parts:
-        values = store.read_part(part).features.mean(2).flatten(1).numpy()
+    for part in store.read_parts():
+        values = part.features.mean(2).flatten(1).numpy()
         features[start : start + len(values)] = values
         start += len(values)
     features.flush()
@@ -216,8 +224,7 @@ def _export_parquet(store: FeatureStore, folder: Path) -> list[Path]:
     )
     file = folder / "features.parquet"
     with pq.ParquetWriter(file, schema, compression="zstd") as writer:
-        for part in store.parts:
-            content = store.read_part(part)
+        for part, content in zip(store.parts, store.read_parts(), strict=True):
             records = {record.id: record for record in store.read_records(part)}
             rows = [records[i] for i in content.ids.tolist()]
             features = pa.FixedSizeListArray.from_arrays(content.features.mean(2).flatten().numpy(), bands * dims)
@@ -236,8 +243,8 @@ def _export_trak(store: FeatureStore, folder: Path) -> list[Path]:
     saver = MmapSaver(folder, metadata, size, dims, True, logging.WARNING, use_half_precision=False)
     saver.register_model_id(0, False)
     start = 0
-    for part in store.parts:
-        values = store.read_part(part).features.mean((1, 2)).numpy()
+    for part in store.read_parts():
+        values = part.features.mean((1, 2)).numpy()
         saver.current_store["grads"][start : start + len(values)] = values
         start += len(values)
     for name in ("out_to_loss", "is_featurized"):
@@ -274,25 +281,30 @@ def _check_new(store: FeatureStore, ids: np.ndarray) -> None:
         )
 
 
-def _find(store: FeatureStore, ids: Sequence[int], keys: Sequence[str]) -> set[int]:
-    """Return the ids of the examples with these ids and keys."""
-    wanted, names = set(ids), set(keys)
-    records = [record for part in store.parts for record in store.read_records(part)]
-    found = {record.id for record in records if record.id in wanted or record.key in names}
-    named: dict[str, list[int]] = {}
-    for record in records:
-        named.setdefault(record.key, []).append(record.id)
-    for name in sorted(names & named.keys()):
-        if len(own := named[name]) > 1:
+def _find(stores: Sequence[FeatureStore], ids: set[int], keys: set[str]) -> set[int]:
+    """Return the ids of the examples with these ids and keys, where one of the stores has or had them.
+
+    A removal that was stopped has taken them out of some.
+    """
+    found = ids & frozenset().union(*(store.removed for store in stores))
+    named: dict[str, set[int]] = {}
+    for store in stores:
+        for record in (record for part in store.parts for record in store.read_records(part)):
+            if record.id in ids:
+                found.add(record.id)
+            if record.key in keys:
+                named.setdefault(record.key, set()).add(record.id)
+    for name, own in sorted(named.items()):
+        if len(own) > 1:
             raise ArgumentError(
-                f"`keys` {name} is the name of {len(own)} examples, {', '.join(map(str, own[:5]))}; give their `ids`. "
-                "Nothing was removed."
+                f"`keys` {name} is the name of {len(own)} examples, {', '.join(map(str, sorted(own)[:5]))}; give their "
+                "`ids`. Nothing was removed."
             )
-    lost = [*sorted(wanted - found), *sorted(names - named.keys())]
-    if lost:
-        raise ArgumentError(f"{store.path} has no example {lost[0]}; nothing was removed.")
-    if found >= set(store.ids.tolist()):
-        raise ArgumentError(f"{store.path} would have no example left; delete the folder instead.")
+    if lost := [*sorted(ids - found), *sorted(keys - named.keys())]:
+        raise ArgumentError(f"{stores[0].path} has no example {lost[0]}; nothing was removed.")
+    found = found.union(*named.values())
+    if any(found >= set(store.ids.tolist()) for store in stores):
+        raise ArgumentError(f"{stores[0].path} would have no example left; delete the folder instead.")
     return found
 
 

@@ -125,9 +125,10 @@ def _sample(index: FeatureIndex, store: FeatureStore, kernel: Kernel, queries: T
     rotated, settings = kernel.banded(queries), index.settings
     best_scores, best = torch.empty(len(own), 0), torch.empty(len(own), 0, dtype=torch.int64)
     first = 0
-    for part in store.parts:
-        train = store.read_part(part).features
-        scores = torch.from_numpy(index.inner_products(rotated, train, score=settings.score, damping=settings.damping))
+    for part in store.read_parts():
+        scores = torch.from_numpy(
+            index.inner_products(rotated, part.features, score=settings.score, damping=settings.damping)
+        )
         positions = first + torch.arange(scores.shape[1])
         scores[torch.from_numpy(own)[:, None] == positions] = -torch.inf
         first += len(positions)

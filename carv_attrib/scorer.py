@@ -184,10 +184,10 @@ class Scorer:
             raise ArgumentError(
                 f"`timesteps` needs `kernel` bands and no cosine, got {choice.kernel} and {choice.score}; change those."
             )
-        if config.every_draw_a_band and config.proposal != "uniform":
+        if config.scheme == "iid" or (config.every_draw_a_band and config.proposal != "uniform"):
             raise ArgumentError(
-                f"`timesteps` needs bands of equal shares of timesteps, this index has a draw of `proposal` "
-                f"{config.proposal} in each; featurize with fewer `num_bands`."
+                f"`timesteps` needs bands of equal shares of timesteps, those of this index (`scheme` {config.scheme}, "
+                f"`proposal` {config.proposal}) are not; featurize with strata and fewer `num_bands`."
             )
         edges = self.band_edges
         inside = np.flatnonzero((edges[:-1] >= timesteps[0]) & (edges[1:] <= timesteps[1]))
@@ -264,8 +264,8 @@ class Scorer:
     ) -> Iterator[BandScores]:
         """Yield the scores of all examples of each part, in the order of the store."""
         asked = self.prepare(query, choice, window, errors=errors)
-        for part in self.store.parts:
-            yield self.score(asked, self.store.read_part(part).features[:, window])
+        for part in self.store.read_parts():
+            yield self.score(asked, part.features[:, window])
 
     def candidate_scores(
         self,

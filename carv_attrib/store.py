@@ -124,7 +124,7 @@ class FeatureStore:
         """Return a new, empty store with the given manifest.
 
         Raises:
-            StoreError: if the folder cannot be written, or holds something else.
+            StoreError: if the folder cannot be written, or holds something else, or another process makes one there.
         """
         path = Path(path)
         own = ("features", "examples")
@@ -134,10 +134,13 @@ class FeatureStore:
         try:
             for name in own:
                 (path / name).mkdir(parents=True, exist_ok=True)
-            store._write_manifest()
+            with store._locked():
+                if (path / "manifest.json").exists():
+                    raise StoreError(f"`output` {path} was begun by another process meanwhile; run it again.")
+                store._write_manifest()
         except OSError as err:
             raise StoreError(f"`output` {path} cannot be written: {err.strerror}; choose another folder.") from err
-        return store
+        return FeatureStore.open(path)
 
     def _write_manifest(self) -> None:
         write_sealed(self.path / "manifest.json", self.manifest)
@@ -171,7 +174,35 @@ class FeatureStore:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the store for one writer, and remove what a killed one left unfinished.
+        """Hold the store, as it is now, for one writer, and remove what a killed one left unfinished.
+
+        Raises:
+            StoreError: if another process is writing, the folder cannot be written, or it holds another index now.
+        """
+        with self._locked():
+            for leftover in unfinished_files(self.path):
+                leftover.unlink(missing_ok=True)  # a query's own, which has got its name
+            self._take_up_changes()
+            self._finish_removal()
+            yield
+
+    def _take_up_changes(self) -> None:
+        """Read again what other writers may have changed since this store was opened."""
+        found, changing = FeatureStore.open(self.path).manifest, {"appended", "removed"}
+        if any(found.get(name) != self.manifest.get(name) for name in {*found, *self.manifest} - changing):
+            raise StoreError(f"{self.path} was made anew after it was opened; run it again.")
+        self.manifest = found
+        self._forget_parts()
+
+    def _forget_parts(self) -> None:
+        """Forget which parts there are, and what is in them: they are other ones now."""
+        for cached in ("parts", "_part_ids"):
+            self.__dict__.pop(cached, None)
+        self._opened.clear()
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keep other writers out.
 
         Raises:
             StoreError: if another process is writing, or the folder cannot be written.
@@ -191,9 +222,6 @@ class FeatureStore:
             lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             lock.flush()
             try:
-                for leftover in unfinished_files(self.path):
-                    leftover.unlink(missing_ok=True)  # a query's own, which has got its name
-                self._finish_removal()
                 yield
             finally:
                 lock.truncate(0)
@@ -303,7 +331,7 @@ class FeatureStore:
             ) from err
 
     def remove(self, ids: Iterable[int]) -> None:
-        """Take examples out of the features and the records, for good: they are not made again either.
+        """Take examples, if any, out of the features and the records, for good: they are not made again either.
 
         A removal that was stopped is finished when the store is next held for `writing`.
 
@@ -311,7 +339,8 @@ class FeatureStore:
             StoreError: if the folder cannot be written.
             StoreCorruptError: if a part is damaged.
         """
-        self.change_manifest(removed=sorted(self.removed | set(ids)))
+        if new := set(ids) - self.removed:
+            self.change_manifest(removed=sorted(self.removed | new))
         self._finish_removal()
 
     def _finish_removal(self) -> None:
@@ -332,8 +361,7 @@ class FeatureStore:
                     file.unlink(missing_ok=True)
                 except OSError as err:
                     raise StoreError(f"{file} cannot be deleted: {err.strerror}; delete it, and go on.") from err
-        for cached in ("parts", "_part_ids"):  # the writer adds parts to these
-            self.__dict__.pop(cached, None)
+        self._forget_parts()
 
     def read_part(self, part: int) -> PartFeatures:
         """Return the features of a part, in float32.
@@ -342,6 +370,19 @@ class FeatureStore:
             StoreCorruptError: if the file is damaged or is not of this store's shape.
         """
         return PartFeatures.unpacked(read_tensors(self.features_path(part), self.feature_shape))
+
+    def read_parts(self) -> Iterator[PartFeatures]:
+        """Yield the features of all parts, in the order of `ids`, in float32.
+
+        Raises:
+            StoreError: if examples were removed after the store was opened.
+            StoreCorruptError: if a file is damaged.
+        """
+        for part, ids in zip(self.parts, self._part_ids, strict=True):
+            content = self.read_part(part)
+            if not np.array_equal(content.ids.numpy(), ids):
+                raise StoreError(f"{self.path} was changed after it was opened; open it again.")
+            yield content
 
     @cached_property
     def parts(self) -> list[int]:

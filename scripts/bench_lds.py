@@ -149,7 +149,7 @@ def score_at_dampings(inputs: Inputs, store: FeatureStore, method: Ours) -> dict
     encoded = estimator.encode(pixels, None if min(labels) < 0 else labels, None, ids)
     kernel = fit_kernel(store, method.kernel)
     query = kernel.banded(average_bands(estimator.features(encoded, draws), draws, estimator.config))
-    train = torch.cat([kernel.banded(store.read_part(part).features) for part in store.parts])
+    train = torch.cat([kernel.banded(part.features) for part in store.read_parts()])
     scores = at_dampings(query, train, kernel, (*DAMPINGS, "auto"), method.score)
     return scores | {"auto is": np.array(kernel.auto_damping)}
 

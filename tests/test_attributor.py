@@ -4,6 +4,7 @@ import io
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from carv_attrib.errors import ArgumentError, DataError, StoreError, StoreMismat
 from carv_attrib.estimator import average_bands
 from carv_attrib.files import write_sealed
 from carv_attrib.kernel import fit_kernel
+from carv_attrib.maintenance import remove
 from carv_attrib.pipeline import build_index
 from carv_attrib.refinement import encode_examples, fresh_draws
 from carv_attrib.scorer import Choice, Scorer, _query_id
@@ -370,6 +372,47 @@ def test_a_bad_window_or_group_is_one_line(
 ) -> None:
     with pytest.raises(ArgumentError, match=message):
         attributor.query(pictures[0][0], label=0, **question)
+
+
+@pytest.mark.parametrize("settings", [{"scheme": "iid"}, {"num_bands": 4, "proposal": "pilot"}])
+def test_bands_that_are_no_shares_of_timesteps_have_no_window(
+    tmp_path: Path,
+    dit_folder: Path,
+    digits_folder: Path,
+    pictures: list[tuple[Image.Image, int]],
+    settings: dict[str, Any],
+) -> None:
+    featurize(dit_folder, digits_folder, tmp_path / "index", **SETTINGS | settings)
+    with pytest.raises(ArgumentError, match="`timesteps` needs bands of equal shares of timesteps, those of"):
+        Attributor.open(tmp_path / "index", device="cpu").query(pictures[0][0], label=0, timesteps=(0, 50))
+
+
+def test_queries_of_several_threads_are_those_of_one(
+    attributor: Attributor, pictures: list[tuple[Image.Image, int]]
+) -> None:
+    images = [image for image, _ in pictures] * 2
+
+    def ask(image: Image.Image) -> np.ndarray:
+        return attributor.scores([image], labels=[1])
+
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(ask, images))
+    np.testing.assert_array_equal(found, [ask(image) for image in images])
+
+
+def test_an_open_index_says_that_examples_were_removed(
+    copied_index: Path, pictures: list[tuple[Image.Image, int]]
+) -> None:
+    opened = Attributor.open(copied_index, device="cpu")
+    image, label = pictures[3]
+    opened.query(image, label=label)
+    remove(copied_index, ids=[0])
+    for ask in (
+        lambda: opened.scores([image], labels=[label]),
+        lambda: opened.query(image, label=label, group_by="label"),
+    ):
+        with pytest.raises(StoreError, match="was changed after it was opened; open it again"):
+            ask()
 
 
 @pytest.mark.parametrize("by", ["label", "folder"])

@@ -100,6 +100,33 @@ def test_latents_are_encoded_once(
     ]
 
 
+def test_a_plan_is_made_once_and_shares_the_budget(
+    teachers: list[Path], digits_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budgets: list[float] = []
+
+    def plan(teacher: object, examples: object, output: object, settings: object, budget: float, snr: object) -> object:
+        budgets.append(budget)
+        return {"settings": {"num_draws": 4 * len(budgets), "scheme": "antithetic"}, "budget": budget}
+
+    monkeypatch.setattr("carv_attrib.pipeline.follow_plan", plan)
+    settings = {name: value for name, value in SETTINGS.items() if name != "num_draws"}
+    stores = featurize_ensemble(teachers, digits_folder, tmp_path / "index", plan="auto", budget="1m", **settings)
+    assert budgets == [30.0]
+    for store in stores:
+        assert (store.manifest["config"]["num_draws"], store.manifest["config"]["scheme"]) == (4, "antithetic")
+
+
+def test_members_of_other_settings_are_refused(
+    index: Path, teachers: list[Path], digits_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(index, tmp_path / "index")
+    shutil.rmtree(tmp_path / "index" / "checkpoint-1")
+    featurize(teachers[1], digits_folder, tmp_path / "index" / "checkpoint-1", **SETTINGS | {"seed": 1})
+    with pytest.raises(StoreMismatchError, match="config.seed: stored 1, requested 0"):
+        Attributor.open(tmp_path / "index")
+
+
 def test_a_stopped_run_goes_on(
     index: Path, teachers: list[Path], digits_folder: Path, tmp_path: Path, picture: Path
 ) -> None:

@@ -22,6 +22,8 @@ from carv_attrib.inspection import verify
 from carv_attrib.maintenance import append, export, merge, remove
 from carv_attrib.pipeline import build_index
 from carv_attrib.store import FeatureStore
+from carv_attrib.teacher import Teacher
+from carv_attrib.teachers import load_teacher
 from tests.conftest import SETTINGS
 
 PLAIN = SETTINGS | {"weighting": "uniform", "feature_dtype": "float32"}  # no pilot: it would be of other examples
@@ -183,7 +185,8 @@ def test_classes_of_an_append_are_those_of_the_index_by_name(
     index = tmp_path / "index"
     shutil.copytree(tiny_index, index)
     some = digits.remove_columns("id").filter(lambda label: label > 0, input_columns="label")
-    other = some.map(lambda row: {"label": 2 - row["label"]}).cast_column("label", datasets.ClassLabel(names=["2", "1"]))
+    names = datasets.ClassLabel(names=["2", "1"])
+    other = some.map(lambda row: {"label": 2 - row["label"]}).cast_column("label", names)
     store = append(index, other)
     records = [record for part in store.parts for record in store.read_records(part)]
     assert [record.label for record in records[-len(some) :]] == some["label"]
@@ -215,8 +218,8 @@ def test_a_removed_example_is_as_if_it_had_never_been(
     store = FeatureStore.open(whole)
     assert store.num_skipped() == 0
     assert not set(gone) & {record.id for part in store.parts for record in store.read_records(part)}
-    with pytest.raises(ArgumentError, match="has no example 13; nothing was removed"):
-        remove(whole, ids=[4, 13])
+    with pytest.raises(ArgumentError, match="has no example 14; nothing was removed"):
+        remove(whole, ids=[4, 14])
     assert 4 in store.ids
 
 
@@ -242,7 +245,8 @@ def test_a_removed_example_does_not_come_back(
         append(whole, digits.select([0]), id_column="id")
 
 
-def test_a_stopped_removal_is_finished(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by_index", [True, False])
+def test_a_stopped_removal_is_finished(whole: Path, monkeypatch: pytest.MonkeyPatch, by_index: bool) -> None:
     write_files = FeatureStore._write_files
 
     def stop(store: FeatureStore, part: int, *content: Any) -> None:
@@ -257,7 +261,8 @@ def test_a_stopped_removal_is_finished(whole: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(StoreError, match="has no index yet; run `carv-attrib index"):
         Attributor.open(whole)
     assert any("part-000002.parquet has removed examples; run" in problem for problem in verify(whole))
-    assert CliRunner().invoke(main, ["index", str(whole)]).exit_code == 0
+    command = ["index", str(whole)] if by_index else ["remove", str(whole), "--id", "1", "--id", "58"]
+    assert CliRunner().invoke(main, command).exit_code == 0
     assert not {1, 58} & set(Attributor.open(whole).ids.tolist())
     assert verify(whole) == []
 
@@ -279,6 +284,50 @@ def test_examples_leave_every_member_of_an_ensemble(
     featurize_ensemble([dit_folder, dit_sigma_folder], digits_folder, tmp_path / "index", **SETTINGS)
     assert remove(tmp_path / "index", ids=[5]) == 1
     assert 5 not in Attributor.open(tmp_path / "index").ids
+
+
+@pytest.mark.parametrize("named", [{"ids": [5]}, {"keys": ["1/005.png"]}])
+def test_a_removal_that_was_stopped_between_teachers_is_finished(
+    tmp_path: Path,
+    dit_folder: Path,
+    dit_sigma_folder: Path,
+    digits_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    named: dict[str, Any],
+) -> None:
+    index = tmp_path / "index"
+    featurize_ensemble([dit_folder, dit_sigma_folder], digits_folder, index, **SETTINGS)
+    key = FeatureStore.open(index / "checkpoint-0").find_records([5])[5].key
+    named = {"keys": [key]} if "keys" in named else named
+    monkeypatch.setattr("carv_attrib.maintenance.build_index", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        remove(index, **named)
+    monkeypatch.undo()
+    build_index(FeatureStore.open(index / "checkpoint-0"))
+    with pytest.raises(StoreMismatchError, match="same examples as .*; if a removal was stopped, run it again"):
+        Attributor.open(index)
+    assert remove(index, **named) == 1
+    assert 5 not in Attributor.open(index).ids
+
+
+def test_writers_that_come_while_another_starts_are_not_undone(
+    tmp_path: Path, dit_folder: Path, digits: datasets.Dataset, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An append opens the index, and loads its teacher, before it writes."""
+    index = tmp_path / "index"
+    featurize(dit_folder, digits.select(range(10)), index, id_column="id", **PLAIN)
+
+    def slowly(*arguments: Any, **settings: Any) -> Teacher:
+        monkeypatch.undo()
+        append(index, digits.select(range(10, 14)), id_column="id")
+        remove(index, ids=[1])
+        return load_teacher(*arguments, **settings)
+
+    monkeypatch.setattr("carv_attrib.maintenance.load_teacher", slowly)
+    append(index, digits.select(range(14, 20)), id_column="id")
+    assert verify(index) == []
+    remove(whole, ids=[1])
+    assert_same_answers(index, whole, digits[4]["image"])
 
 
 def test_not_all_can_be_removed(whole: Path) -> None:
@@ -310,6 +359,24 @@ def test_merged_shards_are_the_index_that_is_made_at_once(
     (tmp_path / "merged" / "features" / "part-000001.safetensors").unlink()
     merge(tmp_path / "merged", shards)
     assert verify(tmp_path / "merged") == []
+
+
+def test_what_was_removed_from_a_shard_is_not_merged(tmp_path: Path, tiny_index: Path) -> None:
+    for name in ("spare", "shard"):
+        shutil.copytree(tiny_index, tmp_path / name)
+    remove(tmp_path / "shard", ids=[17])
+    shards = [tmp_path / "spare", tmp_path / "shard"]
+    assert 17 not in merge(tmp_path / "merged", shards).ids
+    assert verify(tmp_path / "merged") == []
+    assert FeatureStore.open(tmp_path / "merged").removed == {17}
+    assert 17 in FeatureStore.open(tmp_path / "spare").ids
+
+
+def test_shards_with_more_examples_are_not_merged(tmp_path: Path, tiny_index: Path, digits: datasets.Dataset) -> None:
+    shutil.copytree(tiny_index, tmp_path / "shard")
+    append(tmp_path / "shard", digits.remove_columns("id").select(range(3)))
+    with pytest.raises(StoreError, match="shard has had examples appended, which a merge would lose; merge first"):
+        merge(tmp_path / "merged", [tiny_index, tmp_path / "shard"])
 
 
 def test_a_damaged_shard_is_not_merged(tmp_path: Path, tiny_index: Path) -> None:

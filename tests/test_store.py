@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,46 @@ def test_a_second_writer_is_refused(store: FeatureStore) -> None:
         store.writing(),
     ):
         pass
+
+
+def test_a_writer_takes_up_what_another_wrote_before(store: FeatureStore) -> None:
+    opened = FeatureStore.open(store.path)
+    assert len(opened.ids) == 10
+    with store.writing():
+        store.remove([3])
+    with opened.writing():
+        assert opened.removed == {3}
+        assert len(opened.ids) == 9
+
+
+def test_a_writer_of_another_index_is_refused(store: FeatureStore) -> None:
+    shutil.rmtree(store.path)
+    FeatureStore.create(store.path, MANIFEST | {"teacher": {"fingerprint": "other"}})
+    with pytest.raises(StoreError, match="was made anew after it was opened; run it again"), store.writing():
+        pass
+
+
+def test_two_cannot_begin_one_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    locked = FeatureStore._locked
+
+    def begun_by_another(store: FeatureStore) -> AbstractContextManager[None]:
+        monkeypatch.undo()
+        FeatureStore.create(store.path, MANIFEST)
+        return locked(store)
+
+    monkeypatch.setattr(FeatureStore, "_locked", begun_by_another)
+    with pytest.raises(StoreError, match="was begun by another process meanwhile; run it again"):
+        FeatureStore.create(tmp_path / "index", MANIFEST | {"teacher": {"fingerprint": "other"}})
+    assert FeatureStore.open(tmp_path / "index").manifest["teacher"]["fingerprint"] == "t"
+
+
+def test_a_removal_is_seen_by_a_store_that_was_open(store: FeatureStore) -> None:
+    opened = FeatureStore.open(store.path)
+    assert [part.ids.tolist() for part in opened.read_parts()] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    with store.writing():
+        store.remove([5])
+    with pytest.raises(StoreError, match="was changed after it was opened; open it again"):
+        list(opened.read_parts())
 
 
 def test_records_without_features_do_not_count_as_done(tmp_path: Path, store: FeatureStore) -> None:

@@ -251,8 +251,8 @@ def _renumbered(
     used = {label: names[label] for label in labels if label is not None}
     if lost := [name for name in used.values() if name not in numbers]:
         raise DataError(
-            f"{source} has a class {lost[0]!r}, which is none of {', '.join(wanted[:10])}{' ...' * (len(wanted) > 10)}; "
-            "rename it, or leave its examples out."
+            f"{source} has a class {lost[0]!r}, which is none of {', '.join(wanted[:10])}{' ...' * (len(wanted) > 10)};"
+            " rename it, or leave its examples out."
         )
     return [None if label is None else numbers[used[label]] for label in labels]
 

@@ -52,16 +52,16 @@ def open_dataset(
 ) -> ExampleDataset:
     """The dataset at `source`, its columns found by type and name where they are not given.
 
-    Ids are those of the `id_column`, or row numbers after `first_id`. Classes that have names get the numbers that these
-    have in `label_names`, if it is given.
+    Ids are those of the `id_column`, or row numbers after `first_id`. Classes with names get the numbers of these in
+    `label_names`, if it is given.
 
     `source` is "digits", a folder of images (sub-folders are labels, or splits if all of them are named so; with or
     without metadata.csv or .jsonl), a `save_to_disk` folder, a .parquet file, a hub id, or a `datasets.Dataset`.
 
     Raises:
         ArgumentError: no such split or column, a column of the wrong type, or several that could be meant.
-        DataError: `source` cannot be read, holds no rows or no images, the ids are not unique integers, or a class is not
-            in `label_names`.
+        DataError: `source` cannot be read, holds no rows or no images, the ids are not unique integers, or a class is
+            not in `label_names`.
     """
     with _quiet_datasets():
         splits, name, folder = _open_splits(source)
