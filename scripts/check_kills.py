@@ -159,8 +159,8 @@ def main(kills: int, output: Path) -> None:
         gone = list(range(0, NUM_DIGITS, 10))
         operations = {
             "featurize": Operation(None, make),
-            "append": Operation(work / "begun", lambda path: append_once(path, work / "rest", teacher)),
-            "remove": Operation(work / "whole", lambda path: remove_once(path, gone)),
+            "append": Operation(work / "begun", lambda path: append(path, work / "rest", teacher=teacher)),
+            "remove": Operation(work / "whole", lambda path: remove(path, ids=gone)),
             "merge": Operation(None, lambda path: merge(path, [work / "shard-0", work / "shard-1"])),
             "index": Operation(work / "whole", index_again),
         }
@@ -179,24 +179,6 @@ def save_digits(folder: Path, count: int, first: int) -> None:
         file = folder / str(example.label) / f"{row:03d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         example.image.save(file)
-
-
-def append_once(path: Path, rest: Path, teacher: object) -> None:
-    """Append, unless it was done before the kill."""
-    store = FeatureStore.open(path)
-    if len(store.segments) == 1 or store.missing_parts():
-        append(path, rest, teacher=teacher)  # type: ignore[arg-type]
-    elif not has_index(path):
-        index_again(path)
-
-
-def remove_once(path: Path, ids: list[int]) -> None:
-    """Remove, unless it was done before the kill."""
-    store = FeatureStore.open(path)
-    if store.removed:
-        index_again(path)
-    else:
-        remove(path, ids=ids)
 
 
 def index_again(path: Path) -> None:
