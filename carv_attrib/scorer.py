@@ -48,6 +48,7 @@ class Asked:
         inverse: diagonal of the preconditioner that is still to be applied, in the kernel's eigenbasis.
         query: features in the eigenbasis for cosines, else preconditioned, in the basis of the examples.
         left_out: for errors from the projection, in the same basis; None: none.
+        errors: whether any are wanted, and known.
     """
 
     choice: Choice
@@ -55,6 +56,7 @@ class Asked:
     inverse: Float64[Tensor, " d"]
     query: Float64[Tensor, "queries bands replicates d"]
     left_out: Float64[Tensor, "queries bands groups d"] | None
+    errors: bool
 
 
 @dataclass(frozen=True)
@@ -239,24 +241,26 @@ class Scorer:
             query: of all bands.
             choice: of the score.
             window: of the bands that are asked about.
-            errors: whether errors from the projection are wanted, which make scoring dearer; cosines have none.
+            errors: whether errors are wanted, which make scoring several times as dear.
             refined: another kernel than that of the index, and features of examples with the draws of the query.
         """
         kernel = refined[0] if refined else self.kernel(choice.kernel)
         inverse = kernel.inverse(choice.score, choice.damping)
         banded, back = kernel.banded(query[:, window]), kernel.eigenvectors.T
-        if choice.score.endswith("cosine"):
-            return Asked(choice, kernel, inverse, banded, None)
-        errors = errors and self._is_independent and banded.shape[1] * banded.shape[2] > 1  # else n/a, as all are
-        left_out = self._leave_out(choice, inverse, refined).of(banded.mean(2)) @ back if errors else None
-        return Asked(choice, kernel, torch.ones_like(inverse), banded * inverse @ back, left_out)  # examples: as stored
+        errors = errors and self._is_independent
+        if choice.score.endswith("cosine"):  # without errors from the projection
+            return Asked(choice, kernel, inverse, banded, None, errors)
+        projection = errors and banded.shape[1] * banded.shape[2] > 1  # else n/a, as all are
+        left_out = self._leave_out(choice, inverse, refined).of(banded.mean(2)) @ back if projection else None
+        query = banded * inverse @ back  # in the basis of the examples, which stay as they are stored
+        return Asked(choice, kernel, torch.ones_like(inverse), query, left_out, errors)
 
     def score(self, asked: Asked, train: Tensor) -> BandScores:
         """Return the scores of the banded features of examples."""
         is_cosine = asked.choice.score.endswith("cosine")
         train = asked.kernel.banded(train) if is_cosine else asked.kernel.averaged(train.double())
         return score_bands(
-            asked.query, train, asked.inverse, asked.left_out, normalise=is_cosine, independent=self._is_independent
+            asked.query, train, asked.inverse, asked.left_out, normalise=is_cosine, independent=asked.errors
         )
 
     def part_scores(
