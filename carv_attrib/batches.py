@@ -51,8 +51,8 @@ def check_columns(teacher: Teacher, examples: ExampleDataset) -> None:
     if teacher.condition_kind == "label":
         if not examples.has_labels:
             raise DataError(
-                f"the teacher needs class labels, but {examples.source} has none; name a `label_column`, or sort the "
-                "pictures into at least two folders, one for each class."
+                f"the teacher needs class labels, but {examples.source} has none (nor are numbers with an empty cell); "
+                "name a `label_column`, or sort the pictures into at least two folders, one for each class."
             )
         names = examples.label_names
         if names and len(names) != teacher.num_classes:

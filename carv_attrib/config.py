@@ -217,7 +217,7 @@ class ExecutionConfig:
         channels_last: weights of convolutions with channels innermost: for some GPUs faster.
         engine: where parts are made: in this process, or by Ray actors on this machine or the cluster of RAY_ADDRESS.
         ray_workers: actors; by default one for each GPU of the cluster, or for each CPU.
-        shard: I/N: only every Nth part, the first of them part I; then `merge` the shards.
+        shard: I/N, I from 0 to N - 1: only every Nth part, the first of them part I; then `merge` the shards.
     """
 
     batch_size: int = 32

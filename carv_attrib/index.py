@@ -393,6 +393,8 @@ def read_index_settings(store: FeatureStore, *, read_all: bool = False) -> Index
         if (found := [file.name for file in files]) != [KERNEL_FILE, *sorted(set(sizes) - {KERNEL_FILE})]:
             raise StoreCorruptError(f"{path} names other files than {', '.join(found)}; {way_out}.")
         for file in files:
+            if not file.is_file():
+                raise StoreCorruptError(f"{file} is missing; {way_out}.")
             if (size := file.stat().st_size) != sizes[file.name]:
                 raise StoreCorruptError(
                     f"{file} is damaged: it has {size} bytes instead of {sizes[file.name]}; {way_out}."

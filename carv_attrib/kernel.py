@@ -71,7 +71,7 @@ class Kernel:
     def refined(
         self,
         old: Float[Tensor, "examples bands replicates d"],
-        new: Float[Tensor, "examples bands replicates d"],
+        new: Float[Tensor, "examples bands 2 d"],
         num_candidates: int,
     ) -> Kernel:
         """Return the kernel for scores of new draws, with which a few examples have new vectors (eq. (11)).
@@ -81,10 +81,11 @@ class Kernel:
 
         Args:
             old: vectors in this kernel of the candidates, and after them of the references.
-            new: those of the new draws.
+            new: those of the old draws and the new ones, in two halves.
             num_candidates: how many of the examples are candidates.
         """
         old, new = (vectors.double().flatten(1, 2) for vectors in (old, new))
+        new = new * (old.shape[1] / new.shape[1]) ** 0.5  # as many as there were, in sums
         candidates, references = new[:num_candidates], new[num_candidates:]
         known = (self.eigenvectors * self.eigenvalues) @ self.eigenvectors.T * self.num_vectors
         others = (known - _gram(old[:num_candidates])) * (new.square().sum() / old.square().sum())

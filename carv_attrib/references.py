@@ -18,7 +18,7 @@ from carv_attrib.data import ExampleDataset, JoinedExamples
 from carv_attrib.errors import StoreCorruptError, StoreError
 from carv_attrib.estimator import Encoded, Estimator
 from carv_attrib.parts import PartFeatures, read_tensors, write_tensors
-from carv_attrib.refinement import encode_examples, fresh_draws, fresh_estimator
+from carv_attrib.refinement import encode_examples, fresh_draws, fresh_estimator, two_halves
 from carv_attrib.seeding import choose_positions, stream_key
 from carv_attrib.store import FeatureStore
 from carv_attrib.teacher import placement
@@ -75,9 +75,9 @@ class References:
         self._keep(file, tensors)
         return estimator.config.draws_per_example * len(self.ids)
 
-    def mean(self, num_rounds: int) -> Float[Tensor, "references bands replicates proj_dim"]:
-        """Return the mean of the features in the index and of those of the first rounds, which must have been drawn."""
-        return torch.stack([self.features, *(self._rounds[number] for number in range(num_rounds))]).mean(0)
+    def halves(self, num_rounds: int) -> Float[Tensor, "references bands 2 proj_dim"]:
+        """Return halves of the draws in the index and of the first rounds, which must have been drawn."""
+        return two_halves(torch.cat([self.features, *(self._rounds[number] for number in range(num_rounds))], dim=2))
 
     def _file(self, number: int, estimator: Estimator) -> Path:
         """Return where the draws of a round are kept, under a name that says what they depend on."""

@@ -132,6 +132,16 @@ def fresh_estimator(estimator: Estimator, number: int) -> Estimator:
     return replace(estimator, config=replace(estimator.config, seed=seed))
 
 
+def two_halves(
+    replicates: Float[Tensor, "examples bands replicates proj_dim"],
+) -> Float[Tensor, "examples bands 2 proj_dim"]:
+    """Return means of alternate replicates, of those of the index and of all rounds in a row: halves, as an index has.
+
+    The kernel is made of these, and so scores must be: it lacks the noise of single rounds, and would let it through.
+    """
+    return torch.stack([replicates[:, :, half::2].mean(2) for half in range(2)], dim=2)
+
+
 def fresh_draws(
     estimator: Estimator, encoded: Encoded, ids: Sequence[int], number: int
 ) -> Float[Tensor, "batch bands replicates proj_dim"]:

@@ -23,7 +23,7 @@ from carv_attrib.kernel import Damping, Kernel, KernelKind, ScoreKind, fit_kerne
 from carv_attrib.leave_out import LeaveOut
 from carv_attrib.manifest import restore_estimator
 from carv_attrib.references import References
-from carv_attrib.refinement import DatasetLike, Refinement, encode_examples, fresh_draws, reopen_dataset
+from carv_attrib.refinement import DatasetLike, Refinement, encode_examples, fresh_draws, reopen_dataset, two_halves
 from carv_attrib.scores import BandScores, score_bands
 from carv_attrib.store import FeatureStore
 from carv_attrib.teacher import Teacher
@@ -315,13 +315,13 @@ class Scorer:
                 evaluations += self._references.draw(number, estimator, self.examples)
             if not refinement.target_se and number < rounds - 1:
                 continue
+            own = two_halves(train)
             if preconditioned:
-                own = torch.unflatten(train, 2, (-1, old.shape[2])).mean(2)  # over rounds
                 before = torch.cat([old, self._references.features[others]])
-                after = torch.cat([own, self._references.mean(number + 1)[others]])
+                after = torch.cat([own, self._references.halves(number + 1)[others]])
                 kernel = self.kernel(choice.kernel).refined(before, after, num_candidates=len(ids))
-            asked_again = self.prepare(query, choice, window, refined=(kernel, train))
-            found = self.score(asked_again, train[:, window])
+            asked_again = self.prepare(two_halves(query), choice, window, refined=(kernel, own))
+            found = self.score(asked_again, own[:, window])
             yield found, (2 + number) * estimator.config.num_draws, evaluations
 
     @property

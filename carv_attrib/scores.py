@@ -30,17 +30,15 @@ class BandScores:
 
     Attributes:
         bands: scores in each band; the score is their mean.
-        influences: of each replicate of each band on the score of the band, in the mean zero over replicates; None
-            where a band has one replicate or two, or replicates that are not independent.
         crossed: with two replicates, halves of three contrasts of their four products: between those of like
-            replicates, between those of unlike ones, and of like less unlike ones; in place of influences.
+            replicates, between those of unlike ones, and of like less unlike ones; None where a band has one replicate,
+            or replicates that are not independent.
         projection: what leaving out each group of coordinates of the projection does to the score, scaled so that its
             squares sum to the variance over projections; None where it is not known.
-        spread: whether, without influences, the differences between bands may stand in for them.
+        spread: whether, with one replicate, the differences between bands may stand in for them.
     """
 
     bands: Float64[Tensor, "bands queries train"]
-    influences: Float64[Tensor, "replicates bands queries train"] | None
     crossed: Float64[Tensor, "3 bands queries train"] | None = None
     projection: Float64[Tensor, "groups queries train"] | None = None
     spread: bool = True
@@ -54,18 +52,15 @@ class BandScores:
     def draw_deviations(self) -> Float64[Tensor, "deviations queries train"]:
         """Independent parts of the error from the draws, which all examples share; none where nothing is known.
 
-        With two replicates of each band, eq. (10); with more, (10*), a jackknife; with one, (10'), the deviations of
-        bands from their mean, which also hold the trend over timesteps.
+        With two replicates of each band, eq. (10); with one, (10'), the deviations of bands from their mean, which also
+        hold the trend over timesteps.
         """
         num_bands = len(self.bands)
         if self.crossed is not None:
             return self._crossed_deviations(self.crossed)
-        parts: Tensor = self.bands[:0]
-        if self.influences is not None:
-            replicates = len(self.influences)
-            parts = self.influences.flatten(0, 1) / (num_bands * (replicates * (replicates - 1)) ** 0.5)
-        elif self.spread and num_bands > 1:
-            parts = (self.bands - self.scores) / (num_bands * (num_bands - 1)) ** 0.5
+        if not self.spread or num_bands == 1:
+            return self.bands[:0]
+        parts: Tensor = (self.bands - self.scores) / (num_bands * (num_bands - 1)) ** 0.5
         return parts
 
     def _crossed_deviations(self, crossed: Float64[Tensor, "3 bands queries train"]) -> Tensor:
@@ -104,8 +99,6 @@ class BandScores:
         """Number of independent squares in the part of a standard error that is from the draws."""
         if self.crossed is not None:
             return len(self.bands)
-        if self.influences is not None:
-            return len(self.bands) * (len(self.influences) - 1)
         return len(self.bands) - 1 if self.spread else 0
 
     @property
@@ -121,17 +114,13 @@ class BandScores:
 
     def _draw_degrees_of_freedom(self) -> Float64[Tensor, "queries train"]:
         """Return those of the part that is from the draws."""
-        squares, of_each, most = self.draw_deviations.square(), 1, torch.tensor(float(self.degrees_of_freedom))
-        if self.crossed is not None:
-            kinds = torch.stack(squares.chunk(2)).sum(1)
-            most = most * kinds.sum(0).square() / kinds.square().sum(0).clamp(min=1e-300)
-        elif self.influences is not None:
-            of_each = len(self.influences) - 1
-            squares = torch.stack(squares.chunk(len(self.influences))).sum(0)
-        else:
-            return torch.full_like(self.scores, float(most))
+        if self.crossed is None:
+            return torch.full_like(self.scores, float(self.degrees_of_freedom))
+        squares = self.draw_deviations.square()
+        kinds = torch.stack(squares.chunk(2)).sum(1)
+        most = self.degrees_of_freedom * kinds.sum(0).square() / kinds.square().sum(0).clamp(min=1e-300)
         ratio = squares.sum(0).square() / squares.square().sum(0).clamp(min=1e-300)
-        return ((of_each + 2) * ratio - 2).clamp(min=of_each).minimum(most.clamp(min=of_each))
+        return (3 * ratio - 2).clamp(min=1).minimum(most.clamp(min=1))
 
     @property
     def half_widths(self) -> Float64[Tensor, "queries train"]:
@@ -209,8 +198,6 @@ def score_bands(
 ) -> BandScores:
     """Return the scores of features in the kernel's eigenbasis, band by band, and what is known of their errors.
 
-    With means over replicates q and t, the influence of replicate r on `q . t` is `q_r . t + q . t_r - 2 q . t`.
-
     Args:
         query: features of queries.
         train: features of training examples.
@@ -223,15 +210,11 @@ def score_bands(
     query_mean, train_mean = query.mean(2), train.mean(2)
     bands = torch.einsum("qbd,nbd->bqn", query_mean, train_mean)
     projection = None if left_out is None else torch.einsum("qbgd,nbd->gqn", left_out, train_mean) / len(bands)
-    influences = crossed = None
-    num_replicates = train.shape[2] if independent else 1
-    if num_replicates == 2:
+    crossed = None
+    if independent and train.shape[2] == 2:
         like, unlike = (torch.einsum("qbrd,nbrd->rbqn", side, train) for side in (query, query.flip(2)))
         crossed = torch.stack([like[0] - like[1], unlike[0] - unlike[1], (like - unlike).sum(0)]) / 2
-    elif num_replicates > 2:
-        of_query = torch.einsum("qbrd,nbd->rbqn", query, train_mean)
-        influences = of_query + torch.einsum("qbd,nbrd->rbqn", query_mean, train) - 2 * bands
-    found = BandScores(bands, influences, crossed, projection, spread=independent)
+    found = BandScores(bands, crossed, projection, spread=independent)
     if not normalise:
         return found
     norms = [(x.mean(2).square() * inverse).sum(2).mean(1).sqrt().clamp(min=1e-300) for x in (unweighted, train)]
@@ -252,7 +235,7 @@ def mean(members: Sequence[BandScores]) -> BandScores:
 def _combined(parts: Sequence[BandScores], combine: Callable[[list[Tensor]], Tensor]) -> BandScores:
     """Return scores whose tensors are those of the parts combined, of those that all parts have."""
     found: dict[str, Any] = {}
-    for name in ("bands", "influences", "crossed", "projection"):
+    for name in ("bands", "crossed", "projection"):
         values = [getattr(part, name) for part in parts]
         found[name] = None if any(value is None for value in values) else combine(values)
     return BandScores(spread=parts[0].spread, **found)

@@ -299,4 +299,4 @@ def test_verify_names_every_problem(tmp_path: Path, tiny_index: Path) -> None:
     result = run("verify", tmp_path / "index")
     assert result.exit_code == 1
     assert "part-000001.safetensors is damaged" in result.stderr
-    assert "kernel.safetensors" in result.stderr
+    assert "kernel.safetensors is missing; run `carv-attrib index" in result.stderr

@@ -422,6 +422,19 @@ def test_metadata_with_a_missing_file_fails_only_there(tmp_path):
         dataset.load(1)
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # as above
+def test_pictures_without_metadata_are_counted(tmp_path, caplog):
+    for name in ("1.png", "2.png", ".3.png"):
+        Image.new("L", (2, 2)).save(tmp_path / name)
+    (tmp_path / "metadata.csv").write_text("file_name,label\n1.png,0\n")
+    assert len(open_dataset(tmp_path)) == 1
+    assert "1 of 2 pictures in" in caplog.text
+    (tmp_path / "metadata.csv").write_text("file_name,label\n1.png,0\n2.png,\n")
+    with pytest.raises(ArgumentError, match="column label is of type float64; fill empty cells, or name another"):
+        open_dataset(tmp_path, label_column="label")
+    gc.collect()
+
+
 def test_metadata_without_file_names(tmp_path):
     image_folder(tmp_path, ["1.png"])
     (tmp_path / "metadata.jsonl").write_text('{"file": "1.png"}\n')
@@ -690,7 +703,7 @@ def test_given_column_must_exist(role):
     ("role", "types"), [("image", "image, bytes"), ("label", "class, integer"), ("caption", "text")]
 )
 def test_given_column_must_have_the_type(role, types):
-    message = rf"`{role}_column` must hold one of the types {types}, column n is of type float64; name another\."
+    message = rf"`{role}_column` must hold one of the types {types}, column n is of type float64; .*name another\."
     with pytest.raises(ArgumentError, match=message):
         open_dataset(with_images(n=[1.5, 2.5]), **{f"{role}_column": "n"})
 

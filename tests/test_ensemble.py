@@ -43,7 +43,7 @@ def test_scores_are_means_over_the_teachers(index: Path, picture: Path) -> None:
     each = [one.band_scores([picture], labels=[1]) for one in alone]
     np.testing.assert_allclose(scores, (each[0].scores + each[1].scores) / 2, rtol=1e-9)
     alike, projection = ((getattr(each[0], n) + getattr(each[1], n)) / 2 for n in ("crossed", "projection"))
-    together = BandScores((each[0].bands + each[1].bands) / 2, None, alike, projection)  # of the same draws
+    together = BandScores((each[0].bands + each[1].bands) / 2, alike, projection)  # of the same draws
     np.testing.assert_allclose(errors, together.standard_errors, rtol=1e-9)
     assert not np.allclose(each[0].scores, each[1].scores, rtol=0.1)
 

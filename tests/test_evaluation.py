@@ -143,7 +143,7 @@ def test_ground_truth_that_is_wrong_is_one_line(tiny_index: Path, tmp_path: Path
             GroundTruth.load(save(query_images=images))
     with pytest.raises(DataError, match=r"must have an array losses \(models, queries, strata\)"):
         GroundTruth.load(save(losses=np.zeros((20, 6))))
-    with pytest.raises(DataError, match=r"must have an array query_labels \(queries\) whose axes fit the others"):
+    with pytest.raises(DataError, match=r"has queries \(=6\) in losses, but \(=5\) in query_labels; one of them lacks"):
         GroundTruth.load(save(query_labels=np.zeros(5, int)))
     with pytest.raises(DataError, match="must have finite losses"):
         GroundTruth.load(save(losses=np.full((20, 6, 2), np.nan)))
@@ -157,7 +157,7 @@ def test_ground_truth_that_is_wrong_is_one_line(tiny_index: Path, tmp_path: Path
     shown = run("lds", tiny_index, "--ground-truth", path)
     assert shown.exit_code == 1
     assert shown.output.count("\n") == 1
-    assert "are not the `train_ids` of the ground truth (=20)" in shown.output
+    assert "are not the `train_ids` of the ground truth (=20), 0 is in one of them only" in shown.output
     shown = run("lds", tiny_index, "--ground-truth", save(train_ids=np.arange(20)[::-1]))
     assert shown.output.endswith("must be increasing; sort them, and `masks` alike.\n")
 
@@ -419,7 +419,7 @@ def test_results_that_are_wrong_are_one_line(tmp_path: Path, save_results: Calla
     (tmp_path / "text.npz").write_text("losses")
     with pytest.raises(DataError, match="`results` .*text.npz must be an .npz file; see docs/evaluation.md"):
         Counterfactuals.load(tmp_path / "text.npz")
-    with pytest.raises(DataError, match=r"must have an array losses \(methods, fractions, queries, seeds\) whose axes"):
+    with pytest.raises(DataError, match=r"must have an array losses \(methods, fractions, queries, seeds\), its shape"):
         Counterfactuals.load(save_results(losses=np.zeros((2, 2, 5))))
     with pytest.raises(DataError, match="`results` .* has no array full_losses, but methods"):
         Counterfactuals.load(save_results(full_losses=None))

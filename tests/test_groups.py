@@ -12,7 +12,7 @@ BANDS = torch.tensor([[[3.0, -1.0, 2.0, -4.0, 5.0]], [[1.0, -3.0, 2.0, -2.0, 7.0
 
 def test_shares_are_of_positive_scores_and_sums_of_all() -> None:
     groups = Groups(["a", "b", "empty of positive ones"], np.array([0, 0, 1, 2, 1]))
-    whole = BandScores(BANDS, None)
+    whole = BandScores(BANDS)
     for parts in ([whole], [whole.select(np.array([0, 1])), whole.select(np.array([2, 3, 4]))]):
         found = {group.name: group for group in groups.scores(parts)}
         assert {name: group.score for name, group in found.items()} == {"a": 0, "b": 8, "empty of positive ones": -3}
@@ -23,6 +23,6 @@ def test_shares_are_of_positive_scores_and_sums_of_all() -> None:
 
 
 def test_without_errors_or_positive_scores_there_is_none() -> None:
-    (group,) = Groups(["all"], np.zeros(5, np.int64)).scores([BandScores(-BANDS.abs(), None, spread=False)])
+    (group,) = Groups(["all"], np.zeros(5, np.int64)).scores([BandScores(-BANDS.abs(), spread=False)])
     assert (group.share, group.share_standard_error, group.standard_error, group.low) == (None, None, None, None)
     assert group.score < 0

@@ -16,9 +16,11 @@ from carv_attrib import Attributor, featurize, load_teacher
 from carv_attrib.data import open_dataset
 from carv_attrib.errors import ArgumentError, DataError, StoreMismatchError
 from carv_attrib.inspection import verify
+from carv_attrib.kernel import decompose
 from carv_attrib.maintenance import remove
 from carv_attrib.references import References
 from carv_attrib.refinement import encode_examples, fresh_draws
+from carv_attrib.scores import score_bands
 from tests.conftest import SETTINGS
 
 
@@ -60,6 +62,28 @@ def test_refined_scores_are_those_of_all_draws_together(attributor: Attributor, 
     damped = hessian + 0.5 * torch.trace(hessian) / len(hessian) * torch.eye(len(hessian)).double()
     expected = torch.stack([q[0, b] @ torch.linalg.solve(damped, t[candidates, b].T) for b in range(2)]).mean(0)
     np.testing.assert_allclose(refined.scores, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_refined_errors_are_those_of_two_halves(
+    tmp_path: Path, dit_folder: Path, digits_folder: Path, picture: Path
+) -> None:
+    """Of an index with one draw in each band, all of whose examples are refined: as one of two draws."""
+    featurize(dit_folder, digits_folder, tmp_path / "index", **SETTINGS | {"num_bands": 4})
+    attributor = Attributor.open(tmp_path / "index", device="cpu")
+    estimator, store, scorer = attributor.estimator, attributor.store, attributor.members[0]
+    refined = attributor.query(picture, label=1, top_k=20, refine=20, max_draws=8, damping=0.5)
+    asked, ids = scorer.encode([Image.open(picture)], [1]), store.ids.tolist()
+    encoded = encode_examples(estimator, open_dataset(store.manifest["dataset"]["source"]), ids)
+    query = torch.cat([scorer.features(asked), fresh_draws(estimator, asked.encoded, asked.ids, 0)], dim=2)
+    train = torch.cat([store.read_features(range(20)), fresh_draws(estimator, encoded, ids, 0)], dim=2)
+    flat = train.double().flatten(0, 2)
+    kernel = decompose(flat.T @ flat, len(flat))
+    inverse = kernel.inverse("preconditioned", 0.5)
+    expected = score_bands(kernel.banded(query), kernel.banded(train), inverse).select(refined.ids)
+    np.testing.assert_allclose(refined.scores, expected.scores[0], rtol=1e-4)
+    projection = np.array([match.projection_error for match in refined.proponents])
+    of_draws = (refined.standard_errors**2 - projection**2) ** 0.5
+    np.testing.assert_allclose(of_draws, expected.standard_errors[0], rtol=1e-3)
 
 
 def evaluations_and_scores(index: Path, picture: Path, max_draws: int = 12) -> tuple[int, np.ndarray]:

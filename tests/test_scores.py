@@ -38,15 +38,14 @@ def noisy_features(
     return query, examples, expected + product * DIM * scale.square().mean() / replicates
 
 
-@pytest.mark.parametrize("replicates", [2, 6])
-def test_standard_errors_meet_the_spread_over_fresh_draws(replicates: int) -> None:
-    query, train, expected = noisy_features(4000, replicates=replicates)
+def test_standard_errors_meet_the_spread_over_fresh_draws() -> None:
+    query, train, expected = noisy_features(4000, replicates=2)
     found = [score_bands(q, t, ONES) for q, t in zip(query, train, strict=True)]
     scores = torch.cat([each.scores for each in found])
     estimate = torch.cat([each.standard_errors for each in found]).square().mean().sqrt()
     assert scores.mean() == pytest.approx(float(expected), abs=4 * float(scores.std()) / 4000**0.5)
     assert 0.97 < estimate / scores.std() < 1.12  # to first order equal; from above to second
-    assert found[0].degrees_of_freedom == 4 * (replicates - 1)
+    assert found[0].degrees_of_freedom == 4
 
 
 @pytest.mark.parametrize("kind", ["linear", "noise", "both"])
@@ -75,10 +74,9 @@ def test_two_replicates_are_the_contrasts_of_equation_10() -> None:
     torch.testing.assert_close(found.standard_errors, expected.sqrt())
 
 
-@pytest.mark.parametrize("replicates", [2, 6])
 @pytest.mark.parametrize("of_bands", [(1.0, 1.0, 1.0, 1.0), (1.0, 0.5, 0.1, 0.1), (1.0, 0.0, 0.0, 0.0)])
-def test_intervals_hold_the_expected_score_as_often_as_they_say(replicates: int, of_bands: tuple[float, ...]) -> None:
-    query, train, expected = noisy_features(3000, replicates=replicates, noise=0.3, of_bands=of_bands)
+def test_intervals_hold_the_expected_score_as_often_as_they_say(of_bands: tuple[float, ...]) -> None:
+    query, train, expected = noisy_features(3000, replicates=2, noise=0.3, of_bands=of_bands)
     inside = []
     for q, t in zip(query, train, strict=True):
         found = score_bands(q, t, ONES)
@@ -102,7 +100,7 @@ def test_probabilities_come_true_as_often_as_they_say() -> None:
 def test_noise_that_lifts_all_examples_alike_leaves_the_ranking_sure() -> None:
     """Draws are shared: what moves every score by as much does not change who is first."""
     bands = torch.tensor([[5.0, 4.0, 1.0, 0.0]]).double().expand(4, 1, 4).clone()
-    shift = torch.tensor([3.0, -3.0]).double().view(2, 1, 1, 1).expand(2, 4, 1, 4)
+    shift = torch.tensor([3.0, 0.0, 0.0]).double().view(3, 1, 1, 1).expand(3, 4, 1, 4)
     sure = BandScores(bands, shift).top_probabilities(2)
     assert sure.tolist() == [[1.0, 1.0, 0.0, 0.0]]
     unsure = BandScores(bands, shift * torch.tensor([1.0, 1.0, 1.0, -1.0])).top_probabilities(2)
@@ -155,16 +153,17 @@ def test_the_mean_of_two_teachers_has_the_errors_of_draws_that_they_share() -> N
     torch.testing.assert_close(mean([one, one.scaled(3.0)]).scores, 2 * one.scores)
 
 
-@pytest.mark.parametrize("replicates", [1, 3])
+@pytest.mark.parametrize("replicates", [1, 2])
 def test_shares_sum_to_one_and_have_the_errors_of_a_ratio(replicates: int) -> None:
-    """Against a numeric derivative of the ratio along each deviation."""
+    """Against a numeric derivative of the ratio along each deviation, or contrast of products."""
     query, train, _ = noisy_features(1, replicates=replicates, queries=2, train=6)
     whole = score_bands(query[0], train[0], ONES)
     kept = whole.positive()
     assert (kept.scores == whole.scores.clamp(min=0)).all()
     shares = kept.shares()
     torch.testing.assert_close(shares.scores.sum(1), torch.ones(2).double())
-    for deviation, moved in zip(kept.deviations, shares.deviations, strict=True):
+    of_both = [each.deviations if each.crossed is None else each.crossed.flatten(0, 1) for each in (kept, shares)]
+    for deviation, moved in zip(*of_both, strict=True):
         step = 1e-6 * deviation
         up, down = ((kept.scores + s) / (kept.scores + s).sum(1, keepdim=True) for s in (step, -step))
         torch.testing.assert_close(moved, (up - down) / 2e-6, rtol=1e-4, atol=1e-8)

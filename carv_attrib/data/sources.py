@@ -6,6 +6,7 @@ Opening reads no image. `datasets`, `pyarrow` and `sklearn` are imported only wh
 from __future__ import annotations
 
 import glob
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from carv_attrib.errors import ArgumentError, DataError
 if TYPE_CHECKING:
     import datasets
 
+_log = logging.getLogger(__name__)
 _SPLIT_FOLDERS = frozenset("train training val valid validation dev test testing eval evaluation".split())
 _ARCHIVES = frozenset((".zip", ".tar"))
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -144,6 +146,10 @@ def _open_image_folder(folder: Path, name: str) -> dict[str, datasets.Dataset]:
     root = glob.escape(str(folder))
     patterns = {split: f"{root}/{split}/**" for split in children} if has_splits else {"train": f"{root}/**"}
     splits = _load(datasets.load_dataset, "imagefolder", data_files=patterns, name=f"the folder {name}")
+    present = sum(path.suffix.lower() in suffixes - _ARCHIVES for path in folder.rglob("[!.]*"))
+    if (listed := sum(map(len, splits.values()))) < present and any(folder.glob("metadata.*")):
+        unlisted = present - listed
+        _log.warning("%d of %d pictures in %s are in no row of its metadata: left out.", unlisted, present, name)
     return {split: _without_split_labels(rows) for split, rows in splits.items()}
 
 
@@ -202,7 +208,8 @@ def _pick_column(role: str, given: str | None, kinds: Mapping[str, str]) -> str 
     if given is not None:
         if kinds[given] not in _ROLE_KINDS[role]:
             rule = f"`{role}_column` must hold one of the types {', '.join(_ROLE_KINDS[role])}"
-            raise ArgumentError(f"{rule}, column {given} is of type {kinds[given]}; name another.")
+            way_out = "fill empty cells, or " if role == "label" and kinds[given].startswith("float") else ""
+            raise ArgumentError(f"{rule}, column {given} is of type {kinds[given]}; {way_out}name another.")
         return given
     for kind in _ROLE_KINDS[role]:
         fitting = [name for name in kinds if kinds[name] == kind]

@@ -37,13 +37,20 @@ def read_arrays(path: str | Path, argument: str, axes: Mapping[str, tuple[str, .
             f"`{argument}` {path} has no array {', '.join(lost)}, but {', '.join(arrays) or 'none'}; "
             "see docs/evaluation.md, and whether it is the file that you mean."
         )
-    lengths: dict[str, int] = {}
+    lengths: dict[str, tuple[int, str]] = {}
     for name, own_axes in axes.items():
         shape = arrays[name].shape
         sizes = dict(zip(own_axes, shape, strict=False))
-        if len(sizes) < len(own_axes) or any(lengths.setdefault(axis, size) != size for axis, size in sizes.items()):
+        if len(sizes) < len(own_axes):
             raise DataError(
-                f"`{argument}` {path} must have an array {name} ({', '.join(own_axes)}) whose axes fit the others, "
-                f"its shape is {shape}; see docs/evaluation.md."
+                f"`{argument}` {path} must have an array {name} ({', '.join(own_axes)}), its shape is {shape}; see "
+                "docs/evaluation.md."
             )
+        for axis, size in sizes.items():
+            known, other = lengths.setdefault(axis, (size, name))
+            if size != known:
+                raise DataError(
+                    f"`{argument}` {path} has {axis} (={known}) in {other}, but (={size}) in {name}; one of them lacks "
+                    "some, or has others."
+                )
     return arrays

@@ -105,9 +105,11 @@ class GroundTruth:
         if not np.array_equal(attributor.ids, self.train_ids):
             if np.array_equal(attributor.ids, np.sort(self.train_ids)):
                 raise DataError("the `train_ids` of the ground truth must be increasing; sort them, and `masks` alike.")
+            first = np.setxor1d(attributor.ids, self.train_ids)[0]
             raise DataError(
                 f"the ids of the index (={len(attributor.ids)}) are not the `train_ids` of the ground truth "
-                f"(={len(self.train_ids)}); featurize those examples, with their `id_column`."
+                f"(={len(self.train_ids)}), {first} is in one of them only; featurize those examples, with their "
+                "`id_column`."
             )
         return self.queries.scores(attributor, **choice)
 
