@@ -64,18 +64,22 @@ def test_refined_scores_are_those_of_all_draws_together(attributor: Attributor, 
     np.testing.assert_allclose(refined.scores, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("rounds", [1, 3])
 def test_refined_errors_are_those_of_two_halves(
-    tmp_path: Path, dit_folder: Path, digits_folder: Path, picture: Path
+    tmp_path: Path, dit_folder: Path, digits_folder: Path, picture: Path, rounds: int
 ) -> None:
-    """Of an index with one draw in each band, all of whose examples are refined: as one of two draws."""
+    """Of an index with one draw in each band, all of whose examples are refined: as of one with two halves."""
     featurize(dit_folder, digits_folder, tmp_path / "index", **SETTINGS | {"num_bands": 4})
     attributor = Attributor.open(tmp_path / "index", device="cpu")
     estimator, store, scorer = attributor.estimator, attributor.store, attributor.members[0]
-    refined = attributor.query(picture, label=1, top_k=20, refine=20, max_draws=8, damping=0.5)
+    refined = attributor.query(picture, label=1, top_k=20, refine=20, max_draws=4 + 4 * rounds, damping=0.5)
     asked, ids = scorer.encode([Image.open(picture)], [1]), store.ids.tolist()
     encoded = encode_examples(estimator, open_dataset(store.manifest["dataset"]["source"]), ids)
-    query = torch.cat([scorer.features(asked), fresh_draws(estimator, asked.encoded, asked.ids, 0)], dim=2)
-    train = torch.cat([store.read_features(range(20)), fresh_draws(estimator, encoded, ids, 0)], dim=2)
+    query, train = [scorer.features(asked)], [store.read_features(range(20))]
+    for number in range(rounds):
+        query.append(fresh_draws(estimator, asked.encoded, asked.ids, number))
+        train.append(fresh_draws(estimator, encoded, ids, number))
+    query, train = (torch.cat([sum(x[half::2]) for half in range(2)], dim=2) * 2 / len(x) for x in (query, train))
     flat = train.double().flatten(0, 2)
     kernel = decompose(flat.T @ flat, len(flat))
     inverse = kernel.inverse("preconditioned", 0.5)
