@@ -4,9 +4,11 @@ import csv
 import io
 import json
 import os
+import runpy
 import shutil
 import signal
 import struct
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +33,15 @@ FLAGS = [part for name, value in SETTINGS.items() for part in (f"--{name.replace
 
 def run_featurize(teacher: object, dataset: object, output: object, *more: object) -> Result:
     return run("featurize", "--teacher", teacher, "--dataset", dataset, "--output", output, *FLAGS, *more)
+
+
+def test_the_module_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["carv_attrib", "--version"])
+    monkeypatch.delitem(sys.modules, "carv_attrib.__main__", raising=False)  # of the doctests
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("carv_attrib", run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith("carv-attrib, version ")
 
 
 def assert_one_line(result: Result, exit_code: int, *expected: str) -> None:
