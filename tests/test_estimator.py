@@ -240,7 +240,8 @@ def test_the_scores_proposal_is_measured_once_and_kept(tmp_path: Path, dit_folde
     pilot = store.manifest["pilot"]
     assert len(pilot["rms_products"]) == len(pilot["timesteps"])
     estimator = Attributor.open(tmp_path / "index").estimator
-    products = GradientProfile(**pilot).products_at_every_timestep(estimator.teacher.noise_schedule.num_timesteps)
+    profile = GradientProfile(**{name: tuple(values) for name, values in pilot.items()})
+    products = profile.products_at_every_timestep(estimator.teacher.noise_schedule.num_timesteps)
     torch.testing.assert_close(estimator.proposal.density, importance_proposal(products).density)
     assert not torch.allclose(estimator.proposal.density, uniform_proposal(len(products)).density)
 
