@@ -94,10 +94,11 @@ def read_groups(store: FeatureStore, group_by: str, dataset: Callable[[], Exampl
     else:
         examples = dataset()
         by_id = dict(zip(examples.ids.tolist(), examples.column(group_by), strict=True))
-    if not by_id.keys() >= set(store.ids.tolist()):
-        raise StoreError(f"{store.path} was changed after it was opened; open it again.")
     numbers: dict[str, int] = {}
-    own = [numbers.setdefault(by_id[i], len(numbers)) for i in store.ids.tolist()]
+    try:
+        own = [numbers.setdefault(by_id[i], len(numbers)) for i in store.ids.tolist()]
+    except KeyError as err:
+        raise StoreError(f"{store.path} was changed after it was opened; open it again.") from err
     return Groups(list(numbers), np.array(own, dtype=np.int64))
 
 

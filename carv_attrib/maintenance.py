@@ -69,19 +69,19 @@ def append(
     with store.writing(), less_memory(teacher.denoiser, **config.execution.memory_savers):
         estimator = restore_estimator(teacher, store.manifest)
         data = {name: getattr(config.data, name) for name in DataConfig.__dataclass_fields__}
+        opened = {**data, "label_names": store.manifest["dataset"]["label_names"]}
         begun = store.segments[-1].dataset if len(store.segments) > 1 and not store.is_complete else None
         if begun is None and not store.is_complete:
             raise StoreError(f"{path} is not complete; run featurize to the end before anything is appended.")
         first_id = begun["first_id"] if begun else 1 + max(_all_ids(store), default=-1)
-        classes = store.manifest["dataset"]["label_names"]
-        examples = open_dataset(dataset, first_id=first_id, label_names=classes, **data)
+        examples = open_dataset(dataset, first_id=first_id, **opened)
         check_columns(teacher, examples)
         entry = describe_dataset(examples) | {"first_id": first_id, "data": data}
         if begun and begun["fingerprint"] != entry["fingerprint"]:
             raise StoreMismatchError(
                 f"{path} has an unfinished append of {begun['source']}; run that again first, with the same data set."
             )
-        if not begun and not _holds(store, dataset, data, len(examples)):
+        if not begun and not _holds(store, dataset, opened, len(examples)):
             _check_new(store, examples.ids)
             store.change_manifest(appended=[*store.manifest.get("appended", ()), entry])
         write_parts(store, estimator, examples, config.execution, store.segments[-1])
@@ -157,7 +157,7 @@ def merge(output: str | Path, shards: Sequence[str | Path]) -> FeatureStore:
     else:
         merged = FeatureStore.create(output, stores[0].manifest)
     with merged.writing():
-        merged.remove(removed)
+        merged.remove(removed)  # known before a part is there, should this be stopped
         for part in merged.missing_parts():
             owner = owners[part]
             owner.read_part(part)  # a damaged one is not spread
@@ -260,12 +260,11 @@ def _all_ids(store: FeatureStore) -> set[int]:
     return {record.id for part in store.parts for record in store.read_records(part)} | store.removed
 
 
-def _holds(store: FeatureStore, dataset: Any, data: Mapping[str, Any], num_examples: int) -> bool:
+def _holds(store: FeatureStore, dataset: Any, opened: Mapping[str, Any], num_examples: int) -> bool:
     """Return whether a store has a data set already, whose examples got their ids then."""
     for known in (segment.dataset for segment in store.segments):
         if known["num_examples"] == num_examples:
-            classes = store.manifest["dataset"]["label_names"]
-            examples = open_dataset(dataset, first_id=known.get("first_id", 0), label_names=classes, **data)
+            examples = open_dataset(dataset, first_id=known.get("first_id", 0), **opened)
             if examples.fingerprint == known["fingerprint"]:
                 _log.warning("%s has the examples of %s already; nothing is added.", store.path, examples.source)
                 return True

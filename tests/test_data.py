@@ -424,8 +424,7 @@ def test_metadata_with_a_missing_file_fails_only_there(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # as above
 def test_pictures_without_metadata_are_counted(tmp_path, caplog):
-    for name in ("1.png", "2.png", ".3.png"):
-        Image.new("L", (2, 2)).save(tmp_path / name)
+    image_folder(tmp_path, ["1.png", "2.png", ".3.png", ".thumbnails/1.png", "__MACOSX/1.png"])
     (tmp_path / "metadata.csv").write_text("file_name,label\n1.png,0\n")
     assert len(open_dataset(tmp_path)) == 1
     assert "1 of 2 pictures in" in caplog.text
@@ -700,10 +699,15 @@ def test_given_column_must_exist(role):
 
 
 @pytest.mark.parametrize(
-    ("role", "types"), [("image", "image, bytes"), ("label", "class, integer"), ("caption", "text")]
+    ("role", "types", "way_out"),
+    [
+        ("image", "image, bytes", "name another"),
+        ("label", "class, integer", "fill empty cells, or name another"),
+        ("caption", "text", "name another"),
+    ],
 )
-def test_given_column_must_have_the_type(role, types):
-    message = rf"`{role}_column` must hold one of the types {types}, column n is of type float64; .*name another\."
+def test_given_column_must_have_the_type(role, types, way_out):
+    message = rf"`{role}_column` must hold one of the types {types}, column n is of type float64; {way_out}\."
     with pytest.raises(ArgumentError, match=message):
         open_dataset(with_images(n=[1.5, 2.5]), **{f"{role}_column": "n"})
 

@@ -304,7 +304,8 @@ def test_automatic_damping_is_that_of_equation_9_prime(store: FeatureStore, draw
         vectors = torch.linalg.cholesky(other).T * DIM**0.5  # their second moment is the other's
         return -float(density.log_prob(vectors).mean())
 
-    found = [min(DAMPINGS.tolist(), key=lambda x, p=p: surprise(x, *p)) for p in (moments, moments[::-1])]  # type: ignore[misc]
+    surprises = [[surprise(x, *pair) for x in DAMPINGS.tolist()] for pair in (moments, moments[::-1])]
+    found = [float(DAMPINGS[np.argmin(own)]) for own in surprises]
     kernel = fit_kernel(store, kind)
     num_bands = {"bands": BANDS, "means": 1}[kind]
     assert kernel.auto_damping == pytest.approx((found[0] * found[1]) ** 0.5 / 2 * (4 / num_bands) ** 2, rel=1e-9)

@@ -286,19 +286,19 @@ def test_examples_leave_every_member_of_an_ensemble(
     assert 5 not in Attributor.open(tmp_path / "index").ids
 
 
-@pytest.mark.parametrize("named", [{"ids": [5]}, {"keys": ["1/005.png"]}])
+@pytest.mark.parametrize("by_key", [True, False])
 def test_a_removal_that_was_stopped_between_teachers_is_finished(
     tmp_path: Path,
     dit_folder: Path,
     dit_sigma_folder: Path,
     digits_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
-    named: dict[str, Any],
+    by_key: bool,
 ) -> None:
     index = tmp_path / "index"
     featurize_ensemble([dit_folder, dit_sigma_folder], digits_folder, index, **SETTINGS)
     key = FeatureStore.open(index / "checkpoint-0").find_records([5])[5].key
-    named = {"keys": [key]} if "keys" in named else named
+    named: dict[str, Any] = {"keys": [key]} if by_key else {"ids": [5]}
     monkeypatch.setattr("carv_attrib.maintenance.build_index", interrupt)
     with pytest.raises(KeyboardInterrupt):
         remove(index, **named)

@@ -380,7 +380,8 @@ def test_a_dataset_of_bad_images_only_says_so(tmp_path: Path, dit_folder: Path) 
 
 def test_a_class_conditional_teacher_needs_labels(tmp_path: Path, dit_folder: Path, digits_folder: Path) -> None:
     shutil.copytree(digits_folder / "0", tmp_path / "flat")
-    with pytest.raises(DataError, match="needs class labels, but .* has none .*; name a `label_column`"):
+    message = r"needs class labels, but .* has none \(nor are numbers with an empty cell\); name a `label_column`"
+    with pytest.raises(DataError, match=message):
         featurize(dit_folder, tmp_path / "flat", tmp_path / "index", **SETTINGS)
 
 

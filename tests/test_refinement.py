@@ -35,17 +35,22 @@ def picture(digits_folder: Path) -> Path:
     return digits_folder / "1" / "001.png"
 
 
+def all_rounds(attributor: Attributor, picture: Path, rounds: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Return features of a query and of all examples: of the draws of the index, and of each round."""
+    estimator, store, scorer = attributor.estimator, attributor.store, attributor.members[0]
+    asked, ids = scorer.encode([Image.open(picture)], [1]), store.ids.tolist()
+    encoded = encode_examples(estimator, open_dataset(store.manifest["dataset"]["source"]), ids)
+    query, train = [scorer.features(asked)], [store.read_features(range(len(ids)))]
+    for number in range(rounds):
+        query.append(fresh_draws(estimator, asked.encoded, asked.ids, number))
+        train.append(fresh_draws(estimator, encoded, ids, number))
+    return query, train
+
+
 def test_refined_scores_are_those_of_all_draws_together(attributor: Attributor, picture: Path) -> None:
     """Equation (11) by hand: means over replicates of all rounds, and an H of the new draws and of the index's."""
     refined = attributor.query(picture, label=1, top_k=10, refine=10, max_draws=12, damping=0.5)
-    estimator, store = attributor.estimator, attributor.store
-    scorer = attributor.members[0]
-    asked = scorer.encode([Image.open(picture)], [1])
-    encoded = encode_examples(estimator, open_dataset(store.manifest["dataset"]["source"]), store.ids.tolist())
-    query, train = [scorer.features(asked)], [store.read_features(range(len(store.ids)))]
-    for number in range(2):
-        query.append(fresh_draws(estimator, asked.encoded, asked.ids, number))
-        train.append(fresh_draws(estimator, encoded, store.ids.tolist(), number))
+    store, (query, train) = attributor.store, all_rounds(attributor, picture, 2)
     q, t = (torch.cat(x, dim=2).mean(2).double() for x in (query, train))
     candidates = [store.ids.tolist().index(i) for i in refined.ids]
     references = [row for row, i in enumerate(store.ids) if i in References(store).ids and row not in candidates]
@@ -71,15 +76,9 @@ def test_refined_errors_are_those_of_two_halves(
     """Of an index with one draw in each band, all of whose examples are refined: as of one with two halves."""
     featurize(dit_folder, digits_folder, tmp_path / "index", **SETTINGS | {"num_bands": 4})
     attributor = Attributor.open(tmp_path / "index", device="cpu")
-    estimator, store, scorer = attributor.estimator, attributor.store, attributor.members[0]
     refined = attributor.query(picture, label=1, top_k=20, refine=20, max_draws=4 + 4 * rounds, damping=0.5)
-    asked, ids = scorer.encode([Image.open(picture)], [1]), store.ids.tolist()
-    encoded = encode_examples(estimator, open_dataset(store.manifest["dataset"]["source"]), ids)
-    query, train = [scorer.features(asked)], [store.read_features(range(20))]
-    for number in range(rounds):
-        query.append(fresh_draws(estimator, asked.encoded, asked.ids, number))
-        train.append(fresh_draws(estimator, encoded, ids, number))
-    query, train = (torch.cat([sum(x[half::2]) for half in range(2)], dim=2) * 2 / len(x) for x in (query, train))
+    both = all_rounds(attributor, picture, rounds)
+    query, train = (torch.cat([sum(x[half::2]) for half in range(2)], dim=2) * 2 / len(x) for x in both)
     flat = train.double().flatten(0, 2)
     kernel = decompose(flat.T @ flat, len(flat))
     inverse = kernel.inverse("preconditioned", 0.5)

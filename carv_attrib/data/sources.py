@@ -8,7 +8,7 @@ from __future__ import annotations
 import glob
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,15 +142,22 @@ def _open_image_folder(folder: Path, name: str) -> dict[str, datasets.Dataset]:
     if not any(path.suffix.lower() in suffixes for path in folder.rglob("*")):
         raise DataError(f"`dataset` must hold images, the folder {name} has none; {_SOURCES}.")
     children = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
-    has_splits = bool(children) and _SPLIT_FOLDERS.issuperset(children) and not any(folder.glob("metadata.*"))
+    has_metadata = any(folder.glob("metadata.*"))
+    has_splits = bool(children) and _SPLIT_FOLDERS.issuperset(children) and not has_metadata
     root = glob.escape(str(folder))
     patterns = {split: f"{root}/{split}/**" for split in children} if has_splits else {"train": f"{root}/**"}
     splits = _load(datasets.load_dataset, "imagefolder", data_files=patterns, name=f"the folder {name}")
-    present = sum(path.suffix.lower() in suffixes - _ARCHIVES for path in folder.rglob("[!.]*"))
-    if (listed := sum(map(len, splits.values()))) < present and any(folder.glob("metadata.*")):
-        unlisted = present - listed
-        _log.warning("%d of %d pictures in %s are in no row of its metadata: left out.", unlisted, present, name)
+    if has_metadata:
+        present, listed = _count_pictures(folder, suffixes - _ARCHIVES), sum(map(len, splits.values()))
+        if unlisted := max(0, present - listed):
+            _log.warning("%d of %d pictures in %s are in no row of its metadata: left out.", unlisted, present, name)
     return {split: _without_split_labels(rows) for split, rows in splits.items()}
+
+
+def _count_pictures(folder: Path, suffixes: Set[str]) -> int:
+    """Return how many pictures `datasets` finds in a folder: none that is hidden, or in such a folder or `__*`."""
+    found = (path.relative_to(folder) for path in folder.rglob("[!.]*") if path.suffix.lower() in suffixes)
+    return sum(not any(part.startswith((".", "__")) for part in path.parts[:-1]) for path in found)
 
 
 def _without_split_labels(rows: datasets.Dataset) -> datasets.Dataset:
