@@ -17,7 +17,7 @@ from carv_attrib.augmentation import augment
 from carv_attrib.config import EstimatorConfig, FeaturizeConfig
 from carv_attrib.errors import DataError, NonFiniteGradientError, TeacherError
 from carv_attrib.gradient import full_calls, project_gradient, select_layers
-from carv_attrib.kernel import DEFAULT_DAMPING, decompose
+from carv_attrib.kernel import DEFAULT_DAMPING, kernel_of
 from carv_attrib.memory import RowLimit
 from carv_attrib.projection import Layer, Projector, build_projector
 from carv_attrib.sampling import Draws, Proposal, importance_proposal, pair_size, sample_draws, uniform_proposal
@@ -333,10 +333,9 @@ def mean_square_products(vectors: Float64[Tensor, "examples draws dims"]) -> Flo
     H is the mean outer product of the vectors. Where scores are products draw by draw, the square root of this
     makes the proposal of least variance for them; where bands are, it allocates draws to the bands that vary most.
     """
-    flat = vectors.flatten(0, 1)
-    kernel = decompose(flat.T @ flat, len(flat))
+    kernel = kernel_of(vectors[:, None], vectors.shape[-1])
     inverse = kernel.inverse("preconditioned", DEFAULT_DAMPING)
-    whitened = (vectors @ kernel.eigenvectors * inverse.sqrt()).transpose(0, 1)
+    whitened = (kernel.banded(vectors[:, None])[:, 0] * inverse.sqrt()).transpose(0, 1)
     squares = (whitened @ whitened.transpose(1, 2)).square()
     pairs = len(vectors) * (len(vectors) - 1)
     total: Tensor = squares.sum((1, 2)) - squares.diagonal(dim1=1, dim2=2).sum(1)

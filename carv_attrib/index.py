@@ -134,7 +134,7 @@ class FeatureIndex:
         """
         import faiss
 
-        factory = choose_factory(len(store.ids), _num_dims(store, kernel)) if factory == "auto" else factory
+        factory = choose_factory(len(store.ids), kernel.eigenvalues.numel()) if factory == "auto" else factory
         settings = IndexSettings(score, kernel.kind, damping, store.digest(), SearchSettings(factory))
         shards = _make_shards(store, _Whitening(settings, kernel), factory)
         first = next(shards)  # a bad factory leaves the index that is there
@@ -207,7 +207,7 @@ class FeatureIndex:
             index = FeatureIndex(settings, kernel, [_read_shard(file) for file in _files(store.path)[1:]])
         except RuntimeError as err:
             raise StoreCorruptError(f"{store.path}/index-*.faiss is damaged: FAISS cannot read it; {way_out}.") from err
-        if (len(index), index._faiss.d) != (len(store.ids), _num_dims(store, kernel)):
+        if (len(index), index._faiss.d) != (len(store.ids), kernel.eigenvalues.numel()):
             found = f"{len(index)} vectors of {index._faiss.d} dimensions"
             raise StoreCorruptError(f"the search index in {store.path} has {found}: it is of another index; {way_out}.")
         return index
@@ -230,7 +230,7 @@ class FeatureIndex:
         if score.endswith("cosine"):
             found = self._whiten.query(query, inverse) @ self._whiten(train).T
         else:  # examples are not rotated, but queries back
-            vectors = query.mean(2) * inverse @ self._kernel.eigenvectors.T / query.shape[1]
+            vectors = self._kernel.restored((query.mean(2) * inverse)[:, :, None]) / query.shape[1]
             means = self._kernel.averaged(train.mean(2, keepdim=True))
             found = (vectors.flatten(1).float() @ means.flatten(1).T).numpy()
         return found
@@ -275,18 +275,12 @@ class _Whitening:
         return whitened
 
     def query(
-        self, query: Float64[Tensor, "queries bands replicates d"], inverse: Float64[Tensor, " d"]
+        self, query: Float64[Tensor, "queries bands replicates d"], inverse: Float64[Tensor, "bands d"]
     ) -> Float32[np.ndarray, "queries dims"]:
         """Return what rotated features of queries become, so that inner products are scores."""
         vectors = query.mean(2) * inverse / self._sqrt_inverse / query.shape[1] ** 0.5
         flat: np.ndarray = vectors.flatten(1).float().numpy()
         return flat
-
-
-def _num_dims(store: FeatureStore, kernel: Kernel) -> int:
-    """Return the length of the vector of an example."""
-    bands = int(store.manifest["config"]["num_bands"]) if kernel.kind == "bands" else 1
-    return bands * len(kernel.eigenvalues)
 
 
 def choose_factory(num_examples: int, num_dims: int) -> str:

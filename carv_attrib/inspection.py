@@ -61,9 +61,10 @@ def inspect(path: str | Path) -> dict[str, Any]:
     }
     if (store.path / KERNEL_FILE).is_file():
         kernel = load_kernel(store.path / KERNEL_FILE)
-        values = kernel.eigenvalues.flip(0)
+        bands = kernel.eigenvalues.flatten(1)
+        values = bands.mean(0).sort(descending=True).values
         facts["kernel"] = f"{kernel.kind}, mean of {kernel.num_vectors} vectors"
-        facts["effective_rank"] = round(float(values.sum() ** 2 / values.square().sum()), 1)
+        facts["effective_rank"] = round(float((bands.sum(1).square() / bands.square().sum(1)).mean()), 1)
         facts["eigenvalues"] = {
             f"{share:.0%}": float(f"{values[int(share * (len(values) - 1))]:.3g}") for share in (0, 0.01, 0.1, 0.5, 1)
         }

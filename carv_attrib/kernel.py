@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from carv_attrib.config import FeaturizeConfig, check_choice
 from carv_attrib.errors import ArgumentError, StoreCorruptError, StoreError
 from carv_attrib.files import atomic_file
+from carv_attrib.seeding import random_bits, stream_key
 from carv_attrib.store import FeatureStore
 from carv_attrib.threads import in_order
 
@@ -29,32 +30,41 @@ Damping = float | Literal["auto"]
 
 DEFAULT_DAMPING = 0.1
 """What `auto` is where there is nothing to choose it from: with one draw, and in pilots."""
-_SIDE_BY_SIDE = 4096
-"""Dimensions up to which two eigendecompositions are made at once: beyond, they take gigabytes each."""
+POOLED = 0.3
+"""Share of a band's matrix that is the mean of all bands': which keeps it from fitting too few vectors."""
 DAMPINGS = torch.logspace(-5, 1, 121, dtype=torch.float64)
-"""That `auto` chooses among, before it is halved and adapted to the number of bands."""
-_ENOUGH_BANDS = 4
-"""With fewer bands, `auto` damping is larger."""
+"""That `auto` chooses among, before it is halved."""
+_SIDE_BY_SIDE = 2048
+"""Dimensions of a block up to which as many are decomposed at once as there are threads: beyond, they take memory."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """The eigendecomposition of H, and whether scores keep bands apart.
+    """The eigendecomposition of H, which is zero between bands and between blocks of coordinates.
 
     Attributes:
-        kind: `bands`: H is a mean over examples, bands and their replicates, and bands are kept; `means`: H is a mean
-            over examples of draw-averaged features (TRAK's Phi^T Phi), which are also what is scored.
-        eigenvalues: of H, increasing, not negative.
+        kind: `bands`: scored are bands, each with a matrix of its own; `means`: scored are draw-averaged features (as
+            TRAK does), one band.
+        eigenvalues: of each block, increasing, not negative.
         eigenvectors: in columns.
-        num_vectors: how many vectors H is the mean of.
+        num_vectors: how many vectors the matrix of a band is the mean of.
         auto_damping: lambda, relative to the mean eigenvalue, that was chosen from the vectors (eq. (9')).
     """
 
     kind: KernelKind
-    eigenvalues: Float64[Tensor, " proj_dim"]
-    eigenvectors: Float64[Tensor, "proj_dim proj_dim"]
+    eigenvalues: Float64[Tensor, "bands blocks size"]
+    eigenvectors: Float64[Tensor, "bands blocks size size"]
     num_vectors: int
     auto_damping: float = DEFAULT_DAMPING
+
+    @property
+    def proj_dim(self) -> int:
+        """Dimensions of the features, of all blocks."""
+        return self.eigenvalues[0].numel()
+
+    def within(self, bands: slice) -> Kernel:
+        """Return the kernel of some of the bands."""
+        return replace(self, eigenvalues=self.eigenvalues[bands], eigenvectors=self.eigenvectors[bands])
 
     def averaged(
         self, features: Float[Tensor, "*examples bands replicates d"]
@@ -66,7 +76,13 @@ class Kernel:
         self, features: Float[Tensor, "*examples bands replicates d"]
     ) -> Float64[Tensor, "*examples kept_bands replicates d"]:
         """Return the features that this kernel scores, in its eigenbasis."""
-        return self.averaged(features.double() @ self.eigenvectors)
+        return _by_block(self.averaged(features.double()), self.eigenvectors)
+
+    def restored(
+        self, banded: Float64[Tensor, "*examples kept_bands replicates d"]
+    ) -> Float64[Tensor, "*examples kept_bands replicates d"]:
+        """Return vectors in the eigenbasis in the coordinates of the features."""
+        return _by_block(banded, self.eigenvectors.mT)
 
     def refined(
         self,
@@ -84,15 +100,20 @@ class Kernel:
             new: those of the old draws and the new ones, in two halves.
             num_candidates: how many of the examples are candidates.
         """
-        old, new = (vectors.double().flatten(1, 2) for vectors in (old, new))
-        new = new * (old.shape[1] / new.shape[1]) ** 0.5  # as many as there were, in sums
-        candidates, references = new[:num_candidates], new[num_candidates:]
-        known = (self.eigenvectors * self.eigenvalues) @ self.eigenvectors.T * self.num_vectors
-        others = (known - _gram(old[:num_candidates])) * (new.square().sum() / old.square().sum())
-        if len(references):
-            share = (self.num_vectors - num_candidates * old.shape[1]) / (len(references) * old.shape[1])
-            others = (others + share * _gram(references)) / 2
-        return decompose(_gram(candidates) + others, self.num_vectors, self.kind, self.auto_damping)
+        old, new = old.double(), new.double() * (old.shape[2] / new.shape[2]) ** 0.5  # as many as there were, in sums
+        candidates, references = (self._sums(vectors) for vectors in (new[:num_candidates], new[num_candidates:]))
+        known = (self.eigenvectors * self.eigenvalues[:, :, None]) @ self.eigenvectors.mT * self.num_vectors
+        others = (known - self._sums(old[:num_candidates])) * (new.square().sum() / old.square().sum())
+        if num_references := len(new) - num_candidates:
+            share = (self.num_vectors - num_candidates * old.shape[2]) / (num_references * old.shape[2])
+            others = (others + share * references) / 2
+        return decompose(candidates + others, self.num_vectors, self.kind, self.auto_damping)
+
+    def _sums(
+        self, vectors: Float64[Tensor, "examples bands replicates d"]
+    ) -> Float64[Tensor, "bands blocks size size"]:
+        """Return what vectors add to `num_vectors` times H."""
+        return _pooled(outer_sums(vectors, self.eigenvalues.shape[-1]))
 
     def damping(self, damping: Damping) -> float:
         """Return lambda, relative to the mean eigenvalue: the given number, or what was chosen for `auto`.
@@ -106,16 +127,18 @@ class Kernel:
             raise ArgumentError(f"`damping` must be a positive number or auto, got {damping}; auto is the default.")
         return float(damping)
 
-    def inverse(self, score: ScoreKind, damping: Damping) -> Float64[Tensor, " proj_dim"]:
+    def inverse(self, score: ScoreKind, damping: Damping) -> Float64[Tensor, "kept_bands d"]:
         """Return the diagonal of `(H + lambda I)^{-1}` in the eigenbasis, or ones for scores without it.
+
+        lambda is relative to the mean eigenvalue of each block.
 
         Raises:
             ArgumentError: for damping that is not positive.
         """
         chosen = self.damping(damping)
         if not score.startswith("preconditioned"):
-            return torch.ones_like(self.eigenvalues)
-        return 1 / (self.eigenvalues + chosen * self.eigenvalues.mean())
+            return torch.ones_like(self.eigenvalues).flatten(1)
+        return 1 / (self.eigenvalues + chosen * self.eigenvalues.mean(-1, keepdim=True)).flatten(1)
 
     def save(self, path: Path) -> None:
         """Write the kernel to a safetensors file, atomically."""
@@ -128,89 +151,127 @@ class Kernel:
 
 
 def fit_kernel(store: FeatureStore, kind: KernelKind = "bands") -> Kernel:
-    """Return the kernel of a store: one pass in O(d^2) memory, in float64.
+    """Return the kernel of a store: one pass in O(d^2) memory for each band, of blocks less, in float64.
 
     Raises:
         ArgumentError: for an unknown kind, or means of an index that holds none.
         StoreError: if the store holds no features.
     """
     check_choice("kernel", kind, KernelKind)
-    config = FeaturizeConfig.from_flat(store.manifest["config"]).estimator
-    if kind == "means" and config.every_draw_a_band and config.proposal != "uniform":
+    config = FeaturizeConfig.from_flat(store.manifest["config"])
+    if kind == "means" and config.estimator.every_draw_a_band and config.estimator.proposal != "uniform":
         raise ArgumentError(
             "`kernel` means needs means over draws, but this index keeps every draw with the root of its weight; "
             "use `kernel` bands, or featurize with fewer `num_bands`."
         )
-    halves: list[Tensor] = [torch.zeros(()), torch.zeros(())]
-    of_means: Tensor = torch.zeros(())
+    size = config.projection.block_size(store.manifest["proj_dim"])
+    sums: Tensor = torch.zeros(())
+    shared_out: list[list[Tensor]] = [[torch.zeros(())] * 2, [torch.zeros(())] * 2]  # halves of examples, of draws
     num_vectors = 0
     for part in store.read_parts():
-        draws = part.features.double().flatten(1, 2)  # (examples, replicates of bands, d)
-        sides = [draws[:, ::2], draws[:, 1::2]]
+        vectors = part.features.double()
+        halves = [vectors.flatten(1, 2)[:, half::2] for half in range(2)]  # of the draws
         if kind == "means":
-            sides = [side.mean(1, keepdim=True) for side in sides]
-            draws = draws.mean(1, keepdim=True)
-            of_means = of_means + _gram(draws)
-        halves = [half + _gram(side) for half, side in zip(halves, sides, strict=True)]
-        num_vectors += draws.shape[0] * draws.shape[1]
+            vectors = vectors.mean((1, 2), keepdim=True)
+            halves = [half.mean(1, keepdim=True) for half in halves]
+        sums = sums + outer_sums(vectors, size)
+        of_half = random_bits(stream_key(0, "halves"), part.ids) & 1
+        for half, of_examples in enumerate(shared_out):
+            for number, own in enumerate(halves):
+                of_examples[number] = of_examples[number] + outer_sums(own[of_half == half][:, None], size)[0]
+        num_vectors += vectors.shape[0] * vectors.shape[2]
     if num_vectors == 0:
         raise StoreError(f"{store.path} holds no features yet; run featurize first.")
-    num_bands = 1 if kind == "means" else config.num_bands
-    auto_damping = DEFAULT_DAMPING if _has_one_draw(store) else choose_damping(halves[0], halves[1], num_bands)
-    return decompose(of_means if kind == "means" else halves[0] + halves[1], num_vectors, kind, auto_damping)
+    auto_damping = DEFAULT_DAMPING if _has_one_draw(store) else choose_damping(shared_out)
+    return decompose(_pooled(sums), num_vectors, kind, auto_damping)
+
+
+def kernel_of(vectors: Float[Tensor, "examples bands replicates d"], block_size: int) -> Kernel:
+    """Return the kernel of vectors that are at hand, without a damping of its own."""
+    return decompose(_pooled(outer_sums(vectors.double(), block_size)), vectors.shape[0] * vectors.shape[2])
 
 
 def decompose(
-    gram: Float64[Tensor, "d d"], num_vectors: int, kind: KernelKind = "bands", auto_damping: float = DEFAULT_DAMPING
+    sums: Float64[Tensor, "bands blocks size size"],
+    num_vectors: int,
+    kind: KernelKind = "bands",
+    auto_damping: float = DEFAULT_DAMPING,
 ) -> Kernel:
-    """Return the kernel whose H is `gram / num_vectors`, a mean of outer products."""
-    with _one_thread():
-        eigenvalues, eigenvectors = torch.linalg.eigh(gram / num_vectors)
-    return Kernel(kind, eigenvalues.clamp(min=0), eigenvectors, num_vectors, auto_damping)
+    """Return the kernel whose H is `sums / num_vectors`, means of outer products."""
+    values, vectors = _eigh(sums / num_vectors)
+    return Kernel(kind, values, vectors, num_vectors, auto_damping)
 
 
-def choose_damping(first: Float64[Tensor, "d d"], second: Float64[Tensor, "d d"], num_bands: int) -> float:
-    """Return the damping, relative to the mean eigenvalue, by cross-validation over draws (eq. (9')).
+def choose_damping(sums: Sequence[Sequence[Float64[Tensor, "blocks size size"]]]) -> float:
+    """Return the damping, relative to the mean eigenvalue, by cross-validation over draws and examples (eq. (9')).
 
     Args:
-        first: H, up to a factor, of one half of the draws.
-        second: of the other half.
-        num_bands: of whose scores the mean is taken.
+        sums: of outer products of one half of the examples and of the other, each of one half of the draws and of the
+            other.
     """
-    pairs = ((first, second), (second, first))
-    threads = 2 if len(first) <= _SIDE_BY_SIDE else 0
-    with _one_thread(), closing(in_order(lambda pair: _cross_validated(*pair), pairs, threads)) as found:
-        by_draws = math.prod(found) ** 0.5 / 2  # H has twice the draws of a half
-    return by_draws * max(1.0, _ENOUGH_BANDS / num_bands) ** 2
+    of_draws = [first + second for first, second in zip(*sums, strict=True)]
+    of_examples = [first + second for first, second in sums]
+    pairs = [of_draws, of_draws[::-1]]
+    if all(half.any() for half in of_examples):  # a few examples may all be in one half
+        pairs += [of_examples, of_examples[::-1]]
+    found = [_cross_validated(*pair) for pair in pairs]
+    return math.prod(found) ** (1 / len(found)) / 2  # H has twice the vectors of a half
 
 
-def _cross_validated(known: Float64[Tensor, "d d"], other: Float64[Tensor, "d d"]) -> float:
+def _cross_validated(known: Float64[Tensor, "blocks size size"], other: Float64[Tensor, "blocks size size"]) -> float:
     """Return the damping of `known` that makes Gaussian vectors with the second moment `other` most likely.
 
-    The factor of the covariance is the best at each damping.
+    The factor of the covariance of each block is the best at each damping.
     """
-    eigenvalues, eigenvectors = torch.linalg.eigh(known)
-    moments = (eigenvectors * (other @ eigenvectors)).sum(0)
-    damped = eigenvalues.clamp(min=0) + DAMPINGS[:, None] * eigenvalues.mean()
-    surprise = damped.log().mean(1) + (moments / damped).mean(1).log()
-    return float(DAMPINGS[surprise.argmin()])
+    values, vectors = _eigh(known)
+    moments = (vectors * (other @ vectors)).sum(1)[:, None]
+    damped = values[:, None] + DAMPINGS[:, None] * values.mean(1)[:, None, None]  # blocks, dampings, size
+    surprise = damped.log().mean(2) + (moments / damped).mean(2).log()
+    return float(DAMPINGS[surprise.sum(0).argmin()])
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute with one thread for each call: the last bits of an eigenvector depend on how many there are."""
+def _eigh(matrices: Float64[Tensor, "*many size size"]) -> tuple[Float64[Tensor, "*many size"], Tensor]:
+    """Return eigenvalues, increasing and not negative, and eigenvectors in columns of symmetric matrices.
+
+    Each in one thread: the last bits of an eigenvector depend on how many there are.
+    """
+    flat = matrices.flatten(0, -3)
     threads = torch.get_num_threads()
+    at_once = threads if matrices.shape[-1] <= _SIDE_BY_SIDE else 0
     torch.set_num_threads(1)
     try:
-        yield
+        with closing(in_order(torch.linalg.eigh, flat, at_once)) as found:
+            values, vectors = zip(*found, strict=True)
     finally:
         torch.set_num_threads(threads)
+    return torch.stack(values).clamp(min=0).view(matrices.shape[:-1]), torch.stack(vectors).view(matrices.shape)
 
 
-def _gram(vectors: Float64[Tensor, "examples vectors d"]) -> Float64[Tensor, "d d"]:
-    """Return the sum of outer products."""
-    flat = vectors.flatten(0, 1)
-    return flat.T @ flat
+def _in_blocks(vectors: Float64[Tensor, "*vectors d"], size: int) -> Float64[Tensor, "*vectors blocks size"]:
+    """Return vectors with their coordinates in blocks."""
+    return vectors.reshape(*vectors.shape[:-1], -1, size)
+
+
+def _by_block(
+    vectors: Float64[Tensor, "*examples bands replicates d"], matrices: Float64[Tensor, "bands blocks size size"]
+) -> Float64[Tensor, "*examples bands replicates d"]:
+    """Return vectors times the matrix of each band and block."""
+    products: Tensor = torch.einsum("...brgi,bgij->...brgj", _in_blocks(vectors, matrices.shape[-1]), matrices)
+    return products.flatten(-2)
+
+
+def outer_sums(
+    vectors: Float64[Tensor, "examples bands replicates d"], block_size: int
+) -> Float64[Tensor, "bands blocks size size"]:
+    """Return the sums of outer products of each band and block."""
+    blocks = _in_blocks(vectors, block_size)
+    sums: Tensor = torch.einsum("nbrgi,nbrgj->bgij", blocks, blocks)
+    return sums
+
+
+def _pooled(sums: Float64[Tensor, "bands blocks size size"]) -> Float64[Tensor, "bands blocks size size"]:
+    """Return the sums of each band with a share of the mean of all bands in them."""
+    return (1 - POOLED) * sums + POOLED * sums.mean(0)
 
 
 def _has_one_draw(store: FeatureStore) -> bool:
@@ -222,6 +283,7 @@ def load_kernel(path: Path) -> Kernel:
     """Return the kernel that `Kernel.save` wrote.
 
     Raises:
+        StoreError: if an older version wrote it.
         StoreCorruptError: if the file is damaged.
     """
     from safetensors import safe_open
@@ -231,7 +293,9 @@ def load_kernel(path: Path) -> Kernel:
             about = json.loads(file.metadata()["kernel"])
         tensors = load_file(path)
         values, vectors = tensors["eigenvalues"], tensors["eigenvectors"]
-        if vectors.shape != (len(values), len(values)) or {values.dtype, vectors.dtype} != {torch.float64}:
+        if vectors.dim() == 2:
+            raise StoreError(f"{path} is of an older version; run `carv-attrib index`.")
+        if vectors.shape != (*values.shape, values.shape[-1]) or {values.dtype, vectors.dtype} != {torch.float64}:
             raise ValueError(f"eigenvectors of shape {list(vectors.shape)}, in {vectors.dtype}")
         if not (values.isfinite().all() and vectors.isfinite().all()):
             raise ValueError("it holds NaN or infinity")

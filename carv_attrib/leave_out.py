@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from carv_attrib.kernel import Kernel
 from carv_attrib.projection.layer import NUM_GROUPS
 
 _NUM_ASKED = 16  # examples that stand for queries, to judge what lasts
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Coordinates that are left out together.
+
+    Attributes:
+        number: of the group.
+        places: of its coordinates in each block.
+        chosen: whether a block has so many.
+        factor: of `A_SS` in each block, with ones for those that are not there.
+    """
+
+    number: int
+    places: Int64[Tensor, "blocks most"]
+    chosen: Bool[Tensor, "blocks most"]
+    factor: Float64[Tensor, "bands blocks most most"]
 
 
 class LeaveOut:
@@ -24,7 +43,7 @@ class LeaveOut:
     def __init__(
         self,
         kernel: Kernel,
-        inverse: Float64[Tensor, " d"],
+        inverse: Float64[Tensor, "bands d"],
         families: Int64[Tensor, "families d"],
         examples: Float[Tensor, "examples bands replicates d"],
     ) -> None:
@@ -34,51 +53,67 @@ class LeaveOut:
             kernel: of the scores.
             inverse: diagonal of its preconditioner.
             families: groups of coordinates by number, as `Projector.families` has them.
-            examples: features of some examples, as `Kernel.averaged` returns them.
+            examples: features of some examples.
         """
-        self._rows, self._inverse = kernel.eigenvectors, inverse
-        spread = inverse.square() * kernel.eigenvalues  # A H A
-        self._families: list[list[tuple[int, Tensor, Tensor]]] = []
+        self._rows = kernel.eigenvectors  # a row for each coordinate
+        self._inverse = inverse.view_as(kernel.eigenvalues)
+        spread = self._inverse.square() * kernel.eigenvalues  # A H A
+        self._families: list[list[_Group]] = []
         expected = 0.0
         for family in families:
-            groups = []
-            for number in range(NUM_GROUPS):
-                chosen = (family == number).nonzero()[:, 0]
-                if len(chosen) == 0:
-                    continue
-                own = self._rows[chosen]
-                factor = torch.linalg.cholesky((own * inverse) @ own.T)
-                ratio = torch.cholesky_solve((own * spread) @ own.T, factor)
-                expected += float((ratio * ratio.T).sum())
-                groups.append((number, chosen, factor))
+            of_blocks = family.view(kernel.eigenvalues.shape[1:])
+            groups = [self._group(n, of_blocks == n) for n in range(NUM_GROUPS) if (family == n).any()]
+            for group in groups:
+                own = self._of(group)
+                ratio = torch.cholesky_solve((own * spread[:, :, None]) @ own.mT, group.factor)
+                expected += float((ratio * ratio.mT).sum())
             self._families.append(groups)
-        alone = (self._rows.square() @ spread) / (self._rows.square() @ inverse)
-        in_all = alone[(families >= 0).all(0)].square().sum()
+        alone = (self._rows.square() @ spread[..., None]) / (self._rows.square() @ self._inverse[..., None])
+        in_all = alone.flatten(1)[:, (families >= 0).all(0)].square().sum()
         once = 1 - (len(families) - 1) * float(in_all) / expected if expected else 0.0
         self._scale = once**0.5
-        self._scale *= self._lasting_share(examples.double() @ self._rows) ** 0.5
+        self._scale *= self._lasting_share(kernel.banded(examples)) ** 0.5
 
-    def of(self, query: Float64[Tensor, "queries bands d"]) -> Float64[Tensor, "queries bands groups d"]:
+    def of(
+        self, query: Float64[Tensor, "queries bands d"], window: slice = slice(None)
+    ) -> Float64[Tensor, "queries bands groups d"]:
         """Return vectors whose inner products with an example are the deviations of its score in a band.
 
         Args:
             query: features in the eigenbasis, without the preconditioner; the result and the example are there too.
+            window: the bands that these are of.
         """
-        query = query * self._inverse
+        inverse = self._inverse[window]
+        asked = query.view(len(query), *inverse.shape).permute(1, 2, 0, 3) * inverse[:, :, None]
         found: Tensor = query.new_zeros(*query.shape[:2], len(self._families), NUM_GROUPS, query.shape[2])
         for family, groups in enumerate(self._families):
             if len(groups) < 2:
                 continue
-            for number, chosen, factor in groups:
-                own = self._rows[chosen]
-                change = torch.cholesky_solve((query @ own.T).flatten(0, 1).T, factor).T @ own
-                found[:, :, family, number] = change.view_as(query) * self._inverse
-            numbers = [number for number, _, _ in groups]
-            sizes = torch.tensor([len(chosen) for _, chosen, _ in groups]).double()
+            for group in groups:
+                own = self._of(group)[window]
+                change = torch.cholesky_solve(own @ asked.mT, group.factor[window]).mT @ own * inverse[:, :, None]
+                found[:, :, family, group.number] = change.permute(2, 0, 1, 3).flatten(2)
+            numbers = [group.number for group in groups]
+            sizes = torch.stack([group.chosen.sum() for group in groups]).double()
             means = found[:, :, family].sum(2, keepdim=True) * (sizes / sizes.sum())[:, None]
             found[:, :, family, numbers] = (found[:, :, family, numbers] - means) * (1 - 1 / len(groups)) ** 0.5
         found = found.flatten(2, 3) * self._scale
         return found
+
+    def _group(self, number: int, members: Bool[Tensor, "blocks size"]) -> _Group:
+        """Return a group, with what is needed to leave it out of each block."""
+        most = int(members.sum(1).max())
+        places = (~members).int().sort(dim=1, stable=True).indices[:, :most]
+        chosen = members.gather(1, places)
+        group = _Group(number, places, chosen, torch.zeros(()))
+        own = self._of(group)
+        product = (own * self._inverse[:, :, None]) @ own.mT + torch.diag_embed((~chosen).double())
+        return replace(group, factor=torch.linalg.cholesky(product))
+
+    def _of(self, group: _Group) -> Float64[Tensor, "bands blocks most size"]:
+        """Return the rows of a group of coordinates; zeros where a block has fewer than another."""
+        blocks = torch.arange(len(group.places))[:, None]
+        return self._rows[:, blocks, group.places] * group.chosen[..., None]
 
     def _lasting_share(self, examples: Float64[Tensor, "examples bands replicates d"]) -> float:
         """Return the share of the squares that unlike replicates have in common: what other draws would have too.

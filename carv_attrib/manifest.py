@@ -28,8 +28,8 @@ from carv_attrib.seeding import choose_positions, stream_key
 from carv_attrib.store import FeatureStore
 from carv_attrib.teacher import Teacher, placement
 
-LARGE_PROJ_DIM = 8192
-"""Dimensions beyond which the kernel takes minutes and gigabytes."""
+LARGE_BLOCK = 8192
+"""Dimensions of a block beyond which the kernel takes minutes and gigabytes."""
 _log = logging.getLogger(__name__)
 
 
@@ -60,13 +60,13 @@ def open_or_create(
     micro_batch = choose_micro_batch(teacher, config)
     profile = run_pilot(teacher, examples, config, micro_batch) if needs_pilot(config) else None
     estimator = build_estimator(teacher, config, micro_batch, profile)
-    if (dims := estimator.projector.proj_dim) > LARGE_PROJ_DIM:
+    if (size := config.projection.block_size(estimator.projector.proj_dim)) > LARGE_BLOCK:
         _log.warning(
-            "`proj_dim` is %d: the kernel will take three eigendecompositions of that size, each %d times as long as "
-            "at 2,048, and %.0f GB; fewer take less.",
-            dims,
-            (dims / 2048) ** 3,
-            5 * 8 * dims**2 / 1e9,
+            "`block_dim` is %d: the kernel will take eigendecompositions of that size, each %d times as long as "
+            "at 2,048, and %.0f GB or more; smaller blocks take less.",
+            size,
+            (size / 2048) ** 3,
+            5 * 8 * size**2 / 1e9,
         )
     manifest = {
         **identity,

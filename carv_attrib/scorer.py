@@ -53,7 +53,7 @@ class Asked:
 
     choice: Choice
     kernel: Kernel
-    inverse: Float64[Tensor, " d"]
+    inverse: Float64[Tensor, "bands d"]
     query: Float64[Tensor, "queries bands replicates d"]
     left_out: Float64[Tensor, "queries bands groups d"] | None
     errors: bool
@@ -129,7 +129,8 @@ class Scorer:
             self._kernels[kind] = load_kernel(file) if stored else fit_kernel(self.store, kind)
         if self._kernels[kind].kind != kind:
             raise StoreError(f"{self.store.path} was indexed again after it was opened; open it again.")
-        if len(self._kernels[kind].eigenvalues) != self.store.manifest["proj_dim"]:
+        num_bands = self.store.manifest["config"]["num_bands"] if kind == "bands" else 1
+        if self._kernels[kind].eigenvalues.numel() != num_bands * self.store.manifest["proj_dim"]:
             raise StoreCorruptError(f"the kernel in {self.store.path} has another size than the features; index again.")
         return self._kernels[kind]
 
@@ -244,15 +245,18 @@ class Scorer:
             errors: whether errors are wanted, which make scoring several times as dear.
             refined: another kernel than that of the index, and features of examples with the draws of the query.
         """
-        kernel = refined[0] if refined else self.kernel(choice.kernel)
+        whole = refined[0] if refined else self.kernel(choice.kernel)
+        kernel = whole.within(window)
         inverse = kernel.inverse(choice.score, choice.damping)
-        banded, back = kernel.banded(query[:, window]), kernel.eigenvectors.T
+        banded = kernel.banded(query[:, window])
         errors = errors and self._is_independent
         if choice.score.endswith("cosine"):  # without errors from the projection
             return Asked(choice, kernel, inverse, banded, None, errors)
         projection = errors and banded.shape[1] * banded.shape[2] > 1  # else n/a, as all are
-        left_out = self._leave_out(choice, inverse, refined).of(banded.mean(2)) @ back if projection else None
-        query = banded * inverse @ back  # in the basis of the examples, which stay as they are stored
+        left_out = None
+        if projection:
+            left_out = kernel.restored(self._leave_out(choice, refined).of(banded.mean(2), window))
+        query = kernel.restored(banded * inverse[:, None])  # coordinates of the examples, which stay as they are stored
         return Asked(choice, kernel, torch.ones_like(inverse), query, left_out, errors)
 
     def score(self, asked: Asked, train: Tensor) -> BandScores:
@@ -344,18 +348,16 @@ class Scorer:
             self._indexes[choice] = FeatureIndex.build(self.store, kernel, score=choice.score, damping=choice.damping)
         return self._indexes[choice]
 
-    def _leave_out(
-        self, choice: Choice, inverse: Float64[Tensor, " d"], refined: tuple[Kernel, Tensor] | None
-    ) -> LeaveOut:
+    def _leave_out(self, choice: Choice, refined: tuple[Kernel, Tensor] | None) -> LeaveOut:
         """Return what errors from the projection are made of; that of the index is kept until another score comes."""
-        families = self.estimator.projector.families
-        if refined:
-            return LeaveOut(refined[0], inverse, families, refined[1])
-        if choice not in self._left_out:
-            kernel = self.kernel(choice.kernel)
-            examples = kernel.averaged(self._references.features)
-            self._left_out = {choice: LeaveOut(kernel, inverse, families, examples)}
-        return self._left_out[choice]
+        if not refined and choice in self._left_out:
+            return self._left_out[choice]
+        kernel, examples = refined or (self.kernel(choice.kernel), self._references.features)
+        inverse = kernel.inverse(choice.score, choice.damping)
+        found = LeaveOut(kernel, inverse, self.estimator.projector.families, examples)
+        if not refined:
+            self._left_out = {choice: found}
+        return found
 
 
 def _query_id(pixels: Tensor) -> int:

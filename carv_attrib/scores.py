@@ -190,7 +190,7 @@ class BandScores:
 def score_bands(
     query: Float64[Tensor, "queries bands replicates d"],
     train: Float64[Tensor, "train bands replicates d"],
-    inverse: Float64[Tensor, " d"],
+    inverse: Float64[Tensor, "*bands d"],
     left_out: Float64[Tensor, "queries bands groups d"] | None = None,
     *,
     normalise: bool = False,
@@ -201,12 +201,12 @@ def score_bands(
     Args:
         query: features of queries.
         train: features of training examples.
-        inverse: diagonal of the preconditioner.
+        inverse: diagonal of the preconditioner, of each band or of all.
         left_out: of the queries, as `LeaveOut.of` returns it; None: no errors from the projection.
         normalise: divide by the norms, for cosines; they are taken as fixed.
         independent: whether replicates, and bands, are of independent draws.
     """
-    unweighted, query = query, query * inverse
+    unweighted, query = query, query * inverse.unsqueeze(-2)
     query_mean, train_mean = query.mean(2), train.mean(2)
     bands = torch.einsum("qbd,nbd->bqn", query_mean, train_mean)
     projection = None if left_out is None else torch.einsum("qbgd,nbd->gqn", left_out, train_mean) / len(bands)

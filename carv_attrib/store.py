@@ -29,7 +29,7 @@ from carv_attrib.files import file_digest, read_sealed, unfinished_files, write_
 from carv_attrib.parts import PartFeatures, PartRows, features_checksum, open_features, read_tensors, write_tensors
 from carv_attrib.records import Record, read_records, write_records
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 _MAX_OPENED = 1000  # parts whose scales and checksums are kept
 _PART_NAME = re.compile(r"part-\d{6,}")
 ENSEMBLE_FILE = "ensemble.json"
@@ -107,15 +107,17 @@ class FeatureStore:
         try:
             manifest = read_sealed(file)
             version = int(manifest["format_version"])
-            if version in (3, FORMAT_VERSION):
+            if version in (3, 4, FORMAT_VERSION):
                 _check_numbers(manifest)
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as err:
             raise StoreCorruptError(f"{file} is damaged: {err}.") from err
         if version == 3:  # it also has draws of some examples, for a kernel; they are not read
             manifest["config"].pop("kernel_examples", None)
+        if version in (3, 4):
+            manifest["config"].setdefault("block_dim", manifest["proj_dim"])
         elif version != FORMAT_VERSION:
             raise StoreError(
-                f"{path} has format version {version}, this program reads 3 and {FORMAT_VERSION}; featurize again."
+                f"{path} has format version {version}, this program reads 3 to {FORMAT_VERSION}; featurize again."
             )
         return FeatureStore(path, manifest)
 

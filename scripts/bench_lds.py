@@ -40,7 +40,7 @@ from carv_attrib.config import FeaturizeConfig
 from carv_attrib.estimator import average_bands
 from carv_attrib.evaluation import GroundTruth
 from carv_attrib.files import atomic_file
-from carv_attrib.kernel import Damping, Kernel, KernelKind, ScoreKind, decompose, fit_kernel
+from carv_attrib.kernel import Damping, Kernel, KernelKind, ScoreKind, fit_kernel, kernel_of
 from carv_attrib.manifest import restore_estimator
 from carv_attrib.metrics import measured, predicted_losses, resampled_lds, seed_ceiling, spearman
 from carv_attrib.projection import build_projector
@@ -103,9 +103,9 @@ class OtherProjection:
         projection = FeaturizeConfig.from_flat(manifest["config"]).projection
         other = build_projector(projection, estimator.layers, seed=self.seed, device="cpu", dtype=torch.float32)
         vectors = draw_gradients(replace(estimator, projector=other), inputs.encoded, inputs.ids)
-        train = vectors[: inputs.num_train * self.num_draws].double()
-        kernel = decompose(train.T @ train, len(train))
-        bands = kernel.banded(vectors.view(len(inputs.ids), self.num_draws, 1, -1))
+        bands = vectors.view(len(inputs.ids), self.num_draws, 1, -1)
+        kernel = kernel_of(bands[: inputs.num_train], projection.block_size(other.proj_dim))
+        bands = kernel.banded(bands)
         return at_dampings(bands[inputs.num_train :], bands[: inputs.num_train], kernel, DAMPINGS)
 
 

@@ -29,10 +29,10 @@ from torch import Tensor
 
 from carv_attrib import load_teacher
 from carv_attrib.batches import encode_batch, read_batch
-from carv_attrib.config import EstimatorConfig, FeaturizeConfig
+from carv_attrib.config import EstimatorConfig, FeaturizeConfig, ProjectionConfig
 from carv_attrib.data import open_dataset
-from carv_attrib.estimator import Encoded, Estimator, average_bands, build_estimator, root_weighted
-from carv_attrib.kernel import DEFAULT_DAMPING, decompose
+from carv_attrib.estimator import Encoded, Estimator, average_bands, build_estimator
+from carv_attrib.kernel import DEFAULT_DAMPING, kernel_of
 from carv_attrib.manifest import run_pilot
 from carv_attrib.memory import less_memory
 from carv_attrib.sampling import Draws
@@ -65,10 +65,10 @@ def prepare(name: str, settings: dict[str, Any], profile: Any) -> tuple[Estimato
 
 
 def scores(features: Tensor, draws: Draws, config: EstimatorConfig) -> Tensor:
-    """Return preconditioned scores (queries, train), kernel over the draws of the training digits."""
-    vectors = root_weighted(features[:-NUM_QUERIES], draws).double().flatten(0, 1)
-    kernel = decompose(vectors.T @ vectors, len(vectors))
-    bands = kernel.banded(average_bands(features, draws, config))
+    """Return preconditioned scores (queries, train), kernel over the bands of the training digits."""
+    bands = average_bands(features, draws, config)
+    kernel = kernel_of(bands[:-NUM_QUERIES], ProjectionConfig().block_size(bands.shape[-1]))
+    bands = kernel.banded(bands)
     inverse = kernel.inverse("preconditioned", DEFAULT_DAMPING)
     return score_bands(bands[-NUM_QUERIES:], bands[:-NUM_QUERIES], inverse).scores
 

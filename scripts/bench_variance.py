@@ -49,7 +49,7 @@ from carv_attrib.estimator import (
     measure_profile,
     root_weighted,
 )
-from carv_attrib.kernel import DEFAULT_DAMPING, decompose
+from carv_attrib.kernel import DEFAULT_DAMPING, kernel_of
 from carv_attrib.sampling import Draws, Proposal, importance_proposal, pair_size, sample_draws, uniform_proposal
 from carv_attrib.seeding import stream, stream_key
 from carv_attrib.variance import Measured, RunningVariance, mean_and_error, relative_efficiency
@@ -149,9 +149,8 @@ class Bench:
 
 def whitener(vectors: Tensor) -> Tensor:
     """Return W with `W W^T = (H + lambda I)^{-1}`, H the mean outer product of vectors (examples, draws, dims)."""
-    flat = vectors.flatten(0, 1)
-    kernel = decompose(flat.T @ flat, len(flat))
-    return kernel.eigenvectors * kernel.inverse("preconditioned", DEFAULT_DAMPING).sqrt()
+    kernel = kernel_of(vectors[:, None], vectors.shape[-1])
+    return kernel.eigenvectors[0, 0] * kernel.inverse("preconditioned", DEFAULT_DAMPING).sqrt()
 
 
 def draws_of(scheme: str, proposal: Proposal, shape: tuple[int, ...], num_draws: int, seed: int, ids: Any) -> Draws:

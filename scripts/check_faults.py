@@ -378,6 +378,7 @@ def tensors(**values: torch.Tensor) -> bytes:
     """Return a safetensors file."""
     from safetensors.torch import save
 
+    values = {name: value.contiguous() for name, value in values.items()}
     return save(values, metadata={"kernel": json.dumps({"kind": "bands", "num_vectors": 9, "auto_damping": 0.1})})
 
 
@@ -390,6 +391,7 @@ def other_faiss() -> bytes:
     return bytes(faiss.serialize_index(index))
 
 
+SQUARE = torch.ones(2, 1, 64, 64).double()
 PART, KERNEL = "features/part-000001.safetensors", "kernel.safetensors"
 REPLACED: dict[str, Case] = {
     "a features file with a header of 2^60 bytes": replaced(PART, lambda: struct.pack("<Q", 2**60) + bytes(64)),
@@ -400,15 +402,17 @@ REPLACED: dict[str, Case] = {
     "a pickle in place of features": replaced(PART, lambda: BAD_FILES["a pickle named .png"]),
     "a kernel that is not square, its checksum right": replaced(
         KERNEL,
-        lambda: tensors(eigenvalues=torch.ones(64).double(), eigenvectors=torch.ones(64, 3).double()),
+        lambda: tensors(eigenvalues=torch.ones(2, 1, 64).double(), eigenvectors=SQUARE[..., :3]),
         listed=True,
     ),
     "a kernel of another size, its checksum right": replaced(
-        KERNEL, lambda: tensors(eigenvalues=torch.ones(3).double(), eigenvectors=torch.eye(3).double()), listed=True
+        KERNEL,
+        lambda: tensors(eigenvalues=torch.ones(2, 1, 3).double(), eigenvectors=SQUARE[..., :3, :3]),
+        listed=True,
     ),
     "a kernel of NaN, its checksum right": replaced(
         KERNEL,
-        lambda: tensors(eigenvalues=torch.full((64,), float("nan")).double(), eigenvectors=torch.eye(64).double()),
+        lambda: tensors(eigenvalues=torch.full((2, 1, 64), torch.nan).double(), eigenvectors=SQUARE),
         listed=True,
     ),
     "random bytes as FAISS file": replaced("index-00000.faiss", lambda: random.Random(0).randbytes(9000)),

@@ -82,8 +82,8 @@ class UnitCosts:
         encode_row: each picture in it.
         draw: forward, backward and projection for one row of a network call.
         bare_draw: the same without hooks and projection.
-        matrix_row: a vector times a matrix of `proj_dim` x `proj_dim` in float64.
-        eigh: the eigendecomposition of such a matrix.
+        matrix_row: a vector times the blocks of a matrix of `proj_dim` x `proj_dim` in float64.
+        eigh: the eigendecomposition of a block, among others.
         byte: writing one byte of features and reading it twice.
         record_bytes: of what is kept of an example beside its features.
         memory_bytes: most resident memory of this process up to the end of the pilot.
@@ -138,13 +138,14 @@ class CostModel:
         encoded = self.num_examples + pilot_rows
         encode = estimator.num_encodings * encoded * self.upstream_seconds(estimator.examples_per_call(micro_batch))
         rows = calls * micro_batch + math.ceil(pilot_rows * PILOT_DRAWS / micro_batch) * micro_batch
-        linear = self.num_examples * estimator.num_bands * (1 + estimator.num_replicates)
+        linear = self.num_examples * estimator.num_bands * (1 + 2 * estimator.num_replicates)
+        blocks = self.proj_dim // config.projection.block_size(self.proj_dim)
         parts = [
             (encoded, units.read),
             (rows, units.draw),
             (self.disk_bytes(config), units.byte),
             (linear, units.matrix_row),
-            (3, units.eigh),  # of H, and of each half of its draws for the damping
+            ((estimator.num_bands + 4) * blocks, units.eigh),  # of H, and of halves for the damping
         ]
         return Measured(
             encode + sum(count * unit.value for count, unit in parts),
@@ -157,7 +158,7 @@ class CostModel:
         width = 2 * d + 4 if config.storage.feature_dtype == "float16" else 4 * d
         vectors = self.num_examples * estimator.num_bands * estimator.num_replicates
         records = self.num_examples * (self.units.record_bytes + 8)
-        index = 4 * self.num_examples * estimator.num_bands * d + 8 * d * d
+        index = 4 * self.num_examples * estimator.num_bands * d + 8 * self._kernel_entries(config)
         return int(vectors * width + records + index)
 
     def memory_bytes(self, config: FeaturizeConfig) -> int:
@@ -169,8 +170,13 @@ class CostModel:
         estimator, d = config.estimator, self.proj_dim
         part = min(config.storage.part_size, self.num_examples)
         part_floats = part * d * estimator.num_bands * estimator.num_replicates
-        index = 8 * self.num_examples * estimator.num_bands * d + 4 * 8 * d * d + 16 * part_floats
+        kernel = 4 * 8 * self._kernel_entries(config)
+        index = 8 * self.num_examples * estimator.num_bands * d + kernel + 16 * part_floats
         return int(self.units.memory_bytes + max(12 * part_floats, index))
+
+    def _kernel_entries(self, config: FeaturizeConfig) -> int:
+        """Return the numbers in the eigenvectors of the kernel."""
+        return config.estimator.num_bands * self.proj_dim * config.projection.block_size(self.proj_dim)
 
 
 def _network_calls(config: FeaturizeConfig, micro_batch: int, num_examples: int) -> int:

@@ -29,7 +29,7 @@ from carv_attrib.estimator import (
     measure_profile,
 )
 from carv_attrib.gradient import row_objective
-from carv_attrib.kernel import DEFAULT_DAMPING, Kernel, decompose
+from carv_attrib.kernel import DEFAULT_DAMPING, Kernel, decompose, outer_sums
 from carv_attrib.manifest import choose_micro_batch, pilot_rows, read_pilot
 from carv_attrib.parts import PartFeatures
 from carv_attrib.planning.costs import Stopwatch, UnitCosts, peak_memory
@@ -157,7 +157,7 @@ def study(
         shares=variance_shares(upstream[0], shares),
         candidates=candidates,
         units=units,
-        proj_dim=len(kernel.eigenvalues),
+        proj_dim=kernel.proj_dim,
         num_examples=len(batch.ids),
         num_evaluations=bench.num_evaluations,
         seconds=time.perf_counter() - started,
@@ -216,13 +216,14 @@ class _Bench:
         even = torch.stack([x.square().sum(-1).mean(1) for x in pairs]).mean(0)
         strata = (pairs[0] * pairs[1]).sum(-1).mean(1)
         mean = (pairs[0].mean(1) * pairs[1].mean(1)).sum(-1)
-        vectors = torch.cat(sets).flatten(0, 1)
+        vectors = torch.cat(sets).flatten(0, 1)[:, None, None]
+        size = self.config.projection.block_size(vectors.shape[-1])
+        sums = torch.zeros(())
         for rows in vectors.tensor_split(4):
             with self.watch.time("matrix_row", len(rows)):
-                rows.float().double().T @ rows
-        gram = vectors.T @ vectors
-        with self.watch.time("eigh", 1):
-            kernel = decompose(gram, len(vectors))
+                sums = sums + outer_sums(rows.float().double(), size)
+        with self.watch.time("eigh", sums.shape[1]):
+            kernel = decompose(sums, len(vectors))
         return torch.stack([strata - mean, whole - even, even - strata]), kernel
 
     def replicates(self, choice: Choice, kernel: Kernel) -> tuple[Replicates, Replicates]:

@@ -62,7 +62,7 @@ def build_projector(
 ) -> Projector:
     """Return the projector that `config` names, for these layers; `dtype` is that of the activations."""
     if config.projection == "kronecker":
-        return KroneckerProjector(layers, config.rank, config.proj_dim, seed, device)
+        return KroneckerProjector(layers, config.rank, config.proj_dim, seed, device, config.block_dim)
     if config.projection in ("rademacher", "normal"):
         return DenseProjector(config.projection, config.proj_dim, seed)
     return TrakProjector(config.projection, config.proj_dim, seed, layers, device, dtype)

@@ -91,13 +91,20 @@ class KroneckerProjector:
     """Projects both sides of every weight gradient, then folds all layers together (eq. (7)).
 
     A layer's block is `sum over tokens of (P_out^T d)(P_in^T a)^T`, of shape (r_out, r_in); the groups of a
-    convolution have matrices of their own and are summed. The blocks of all layers, in one row, are given random
-    signs and added up `proj_dim` at a time: a sparse sign sketch whose buckets are equally full. Unbiased:
-    `E[P P^T] = I` for each factor, and signs make the cross terms of a fold vanish in the mean.
+    convolution have matrices of their own and are summed. The layers are dealt out, in turn, over as many rows as a
+    feature has blocks of `block_dim` coordinates; the entries of each row are given random signs and added up: a sparse
+    sign sketch whose buckets are equally full. Unbiased: `E[P P^T] = I` for each factor, and signs make the cross terms
+    of a fold vanish in the mean.
     """
 
     def __init__(
-        self, layers: Sequence[Layer], rank: int, proj_dim: int, seed: int, device: torch.device | str
+        self,
+        layers: Sequence[Layer],
+        rank: int,
+        proj_dim: int,
+        seed: int,
+        device: torch.device | str,
+        block_dim: int | None = None,
     ) -> None:
         self._drawn = {layer.name: draw_factors(layer, rank, seed) for layer in layers}
         self._placed: dict[tuple[str, torch.device, torch.dtype], Factors] = {}
@@ -108,12 +115,19 @@ class KroneckerProjector:
             for layer in layers
             if (n := layer.name)
         }
-        self._dims = {name: math.prod(sides) for name, sides in self._ranks.items()}
-        self._block_dim = sum(self._dims.values())
-        self.proj_dim = min(proj_dim, self._block_dim)
-        self._depth = math.ceil(self._block_dim / self.proj_dim)
-        padded_dim = self._depth * self.proj_dim
-        self._signs = random_signs(stream_key(seed, "kronecker", "fold signs"), 0, padded_dim, device)
+        entries = {name: math.prod(sides) for name, sides in self._ranks.items()}
+        num_entries = sum(entries.values())
+        size = min(block_dim or proj_dim, proj_dim, num_entries)
+        num_blocks = min(proj_dim, num_entries) // size
+        names = list(entries)
+        self._entries = {name: entries[name] for first in range(num_blocks) for name in names[first::num_blocks]}
+        self.proj_dim = num_blocks * size
+        self._per_block = math.ceil(num_entries / num_blocks)
+        self._unused = num_blocks * self._per_block - num_entries
+        self._depth = math.ceil(self._per_block / size)
+        self._fold = (num_blocks, self._depth, size)
+        signs = random_signs(stream_key(seed, "kronecker", "fold signs"), 0, math.prod(self._fold), device)
+        self._signs = signs.view(num_blocks, -1)
 
     @property
     def families(self) -> Int64[Tensor, "2 proj_dim"]:
@@ -121,10 +135,13 @@ class KroneckerProjector:
 
         None, -1, where these are columns of an identity and nothing is folded.
         """
-        numbers = torch.cat([self._columns(number, name) for number, name in enumerate(self._ranks)], 1)
-        last = (self._depth - 1) * self.proj_dim  # the last row of the fold may be shorter
-        numbers = torch.cat([numbers, numbers[:, self._block_dim - last : self.proj_dim]], 1)
-        return numbers.view(2, self._depth, self.proj_dim).mode(1).values
+        positions = {name: number for number, name in enumerate(self._ranks)}
+        numbers = torch.cat([self._columns(positions[name], name) for name in self._entries], 1)
+        numbers = torch.cat([numbers, numbers[:, :1].expand(2, self._unused)], 1).view(2, -1, self._per_block)
+        num_blocks, depth, size = self._fold
+        shorter = depth * size - self._per_block  # the last row of a fold, which the first one makes up for
+        numbers = torch.cat([numbers, numbers[..., size - shorter : size]], 2)
+        return numbers.view(2, num_blocks, depth, size).mode(2).values.flatten(1)
 
     def _columns(self, number: int, name: str) -> Int64[Tensor, "2 block"]:
         """Return the groups of the entries of a layer's block, by its columns of P_out and of P_in."""
@@ -181,15 +198,17 @@ class KroneckerProjector:
     def combine(self, blocks: Mapping[str, Tensor]) -> Float[Tensor, "rows proj_dim"]:
         """Return the fold of all blocks; a layer that did not run counts as zero."""
         first = next(iter(blocks.values()))
-        rows, unused = len(first), len(self._signs) - self._block_dim
+        rows = len(first)
         flat = torch.cat(
-            [blocks.get(name, first.new_zeros(rows, dim)) for name, dim in self._dims.items()]
-            + [first.new_zeros(rows, unused)],
+            [blocks.get(name, first.new_zeros(rows, count)) for name, count in self._entries.items()]
+            + [first.new_zeros(rows, self._unused)],
             dim=1,
         )
         if self._depth == 1:
             return flat
-        return (flat * self._signs).view(rows, self._depth, self.proj_dim).sum(1)
+        flat = flat.view(rows, -1, self._per_block)
+        padded = F.pad(flat, (0, self._signs.shape[1] - self._per_block))
+        return (padded * self._signs).view(rows, *self._fold).sum(2).flatten(1)
 
 
 def project_tokens(
