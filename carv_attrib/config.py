@@ -19,7 +19,7 @@ Objective = Literal["loss", "squared-norm", "mean"]
 Encoding = Literal["mode", "sample"]
 Augmentation = Literal["none", "flip", "crop"]
 ProjectionKind = Literal["kronecker", "rademacher", "normal", "trak-basic", "trak-cuda"]
-FeatureDtype = Literal["float16", "float32"]
+FeatureDtype = Literal["int8", "float16", "float32"]
 Engine = Literal["local", "ray"]
 TeacherDtype = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -147,8 +147,8 @@ class ProjectionConfig:
     """
 
     projection: ProjectionKind = "kronecker"
-    proj_dim: int = 2048
-    block_dim: int = 512
+    proj_dim: int = 4096
+    block_dim: int = 1024
     rank: int = 16
     layers: Sequence[str] = ()
 
@@ -196,13 +196,13 @@ class StorageConfig:
 
     Attributes:
         part_size: examples in one part, the unit that is committed at once; a kill loses two at most.
-        feature_dtype: of stored features; float16 has a float32 scale for each vector.
+        feature_dtype: of stored features; int8 and float16 have a float32 scale for each vector.
         dtype: of the teacher's weights and activations.
         autocast: matrix products of the denoiser in bfloat16, all else in `dtype`, which must be float32.
     """
 
     part_size: int = 128
-    feature_dtype: FeatureDtype = "float16"
+    feature_dtype: FeatureDtype = "int8"
     dtype: TeacherDtype = "float32"
     autocast: bool = False
 

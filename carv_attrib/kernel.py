@@ -30,7 +30,7 @@ Damping = float | Literal["auto"]
 
 DEFAULT_DAMPING = 0.1
 """What `auto` is where there is nothing to choose it from: with one draw, and in pilots."""
-POOLED = 0.3
+POOLED = 0.5
 """Share of a band's matrix that is the mean of all bands': which keeps it from fitting too few vectors."""
 DAMPINGS = torch.logspace(-5, 1, 121, dtype=torch.float64)
 """That `auto` chooses among, before it is halved."""
@@ -249,7 +249,7 @@ def _eigh(matrices: Float64[Tensor, "*many size size"]) -> tuple[Float64[Tensor,
 
 def _in_blocks(vectors: Float64[Tensor, "*vectors d"], size: int) -> Float64[Tensor, "*vectors blocks size"]:
     """Return vectors with their coordinates in blocks."""
-    return vectors.reshape(*vectors.shape[:-1], -1, size)
+    return vectors.reshape(*vectors.shape[:-1], vectors.shape[-1] // size, size)
 
 
 def _by_block(

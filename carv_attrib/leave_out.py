@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
@@ -64,7 +64,7 @@ class LeaveOut:
             of_blocks = family.view(kernel.eigenvalues.shape[1:])
             groups = [self._group(n, of_blocks == n) for n in range(NUM_GROUPS) if (family == n).any()]
             for group in groups:
-                own = self._of(group)
+                own = self._of(group.places, group.chosen)
                 ratio = torch.cholesky_solve((own * spread[:, :, None]) @ own.mT, group.factor)
                 expected += float((ratio * ratio.mT).sum())
             self._families.append(groups)
@@ -90,7 +90,7 @@ class LeaveOut:
             if len(groups) < 2:
                 continue
             for group in groups:
-                own = self._of(group)[window]
+                own = self._of(group.places, group.chosen)[window]
                 change = torch.cholesky_solve(own @ asked.mT, group.factor[window]).mT @ own * inverse[:, :, None]
                 found[:, :, family, group.number] = change.permute(2, 0, 1, 3).flatten(2)
             numbers = [group.number for group in groups]
@@ -105,15 +105,15 @@ class LeaveOut:
         most = int(members.sum(1).max())
         places = (~members).int().sort(dim=1, stable=True).indices[:, :most]
         chosen = members.gather(1, places)
-        group = _Group(number, places, chosen, torch.zeros(()))
-        own = self._of(group)
+        own = self._of(places, chosen)
         product = (own * self._inverse[:, :, None]) @ own.mT + torch.diag_embed((~chosen).double())
-        return replace(group, factor=torch.linalg.cholesky(product))
+        return _Group(number, places, chosen, torch.linalg.cholesky(product))
 
-    def _of(self, group: _Group) -> Float64[Tensor, "bands blocks most size"]:
-        """Return the rows of a group of coordinates; zeros where a block has fewer than another."""
-        blocks = torch.arange(len(group.places))[:, None]
-        return self._rows[:, blocks, group.places] * group.chosen[..., None]
+    def _of(
+        self, places: Int64[Tensor, "blocks most"], chosen: Bool[Tensor, "blocks most"]
+    ) -> Float64[Tensor, "bands blocks most size"]:
+        """Return the rows of coordinates; zeros where a block has fewer than another."""
+        return self._rows[:, torch.arange(len(places))[:, None], places] * chosen[..., None]
 
     def _lasting_share(self, examples: Float64[Tensor, "examples bands replicates d"]) -> float:
         """Return the share of the squares that unlike replicates have in common: what other draws would have too.

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from carv_attrib.config import FeatureDtype
 from carv_attrib.errors import StoreCorruptError
 from carv_attrib.files import atomic_file
 
@@ -38,9 +39,16 @@ class PartFeatures:
     ids: Int64[Tensor, " examples"]
     features: Float[Tensor, "examples bands replicates proj_dim"]
 
-    def packed(self, *, float16: bool) -> dict[str, Tensor]:
-        """Return the tensors of a features file but for its checksums: float16 over a scale for each vector, or all."""
-        values, scale = _to_float16(self.features) if float16 else (self.features, torch.ones(()))
+    def packed(self, dtype: FeatureDtype) -> dict[str, Tensor]:
+        """Return the tensors of a features file but for its checksums: in few bits over a scale of each vector, or all.
+
+        In int8 the largest magnitude of a vector is 127, in float16 it is 1.
+        """
+        values, scale = self.features, torch.ones(())
+        if dtype != "float32":
+            largest = values.abs().amax(-1, keepdim=True)
+            scale = torch.where(largest > 0, largest / (127 if dtype == "int8" else 1), 1.0).float()
+            values = (values / scale).round().to(torch.int8) if dtype == "int8" else (values / scale).half()
         return {"ids": self.ids, "features": values, "features_scale": scale}
 
     @staticmethod
@@ -133,7 +141,7 @@ class PartRows:
         features = file.get_slice("features")
         self._path, self._ids = path, ids
         self._shape = features.get_shape()[1:]
-        self._dtype = {"F16": np.float16, "F32": np.float32}[features.get_dtype()]
+        self._dtype = {"I8": np.int8, "F16": np.float16, "F32": np.float32}[features.get_dtype()]
         self._offset = _data_offset(path, "features")
         # copies, since a tensor of safetensors keeps the file mapped
         self._scale = _scale_of_rows(file.get_tensor("features_scale").clone(), features.get_shape()).numpy()
@@ -181,7 +189,7 @@ def _check_tensors(path: Path, file: Any, feature_shape: Sequence[int]) -> None:
     features, scales = [*examples, *feature_shape], [*examples, *feature_shape[:-1], 1]
     allowed = {
         "ids": [("I64", examples[:1])],
-        "features": [("F16", features), ("F32", features)],
+        "features": [("I8", features), ("F16", features), ("F32", features)],
         "features_scale": [("F32", scales), ("F32", [])],
         "row_crc32": [("I64", examples)],
         "examples_sha256": [("U8", [32])],
@@ -202,13 +210,6 @@ def _data_offset(path: Path, name: str) -> int:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         return 8 + length + int(json.loads(file.read(length))[name]["data_offsets"][0])
-
-
-def _to_float16(values: Float[Tensor, "*shape dim"]) -> tuple[Tensor, Float[Tensor, "*shape one"]]:
-    """Return values over the largest magnitude of each vector, in float16, and that magnitude in float32."""
-    scale = values.abs().amax(-1, keepdim=True)
-    scale = torch.where(scale > 0, scale, 1.0)
-    return (values / scale).half(), scale.float()
 
 
 def _row_checksums(

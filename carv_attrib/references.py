@@ -70,7 +70,7 @@ class References:
         if self._encoded is None:
             self._encoded = encode_examples(estimator, examples, self.ids)
         fresh = PartFeatures(torch.tensor(self.ids), fresh_draws(estimator, self._encoded, self.ids, number))
-        tensors = fresh.packed(float16=self._store.manifest["config"]["feature_dtype"] == "float16")
+        tensors = fresh.packed(self._store.manifest["config"]["feature_dtype"])
         self._rounds[number] = PartFeatures.unpacked(tensors).features  # as they are read again
         self._keep(file, tensors)
         return estimator.config.draws_per_example * len(self.ids)

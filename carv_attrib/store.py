@@ -312,7 +312,7 @@ class FeatureStore:
         """
         records = [record for record in records if record.id not in self.removed]
         features = features if features is not None else self._empty_part()
-        tensors = features.packed(float16=self.manifest["config"]["feature_dtype"] == "float16")
+        tensors = features.packed(self.manifest["config"]["feature_dtype"])
         self._write_files(part, self._without_removed(tensors), records)
 
     def _without_removed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

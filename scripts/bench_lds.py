@@ -8,8 +8,8 @@ Writes:   docs/benchmarks/lds/TASK/lds.json, and the table that it prints; score
 Methods are settings of `featurize` and of the query. Each is scored at every damping of a grid; the damping is chosen
 on the even subsets, and the odd ones are reported, for all methods alike. TRAK and D-TRAK run the code of `trak`
 (`lds_peers.py`; `check_dattri.py` compares the gradients of `dattri`); `lds_unprojected.py` has ours without a
-projection. What is equal is the teacher, the queries, the number of draws and, but for rows that say otherwise, 2,048
-dimensions, the default of `trak` and ours. Ours at 4 draws is measured with other seeds, and with other projections of
+projection. What is equal is the teacher, the queries and the number of draws; the dimensions are the defaults of each, 2,048
+for `trak` and 4,096 for ours, but for rows that say otherwise. Ours at 4 draws is measured with other seeds, and with other projections of
 the same draws, too: how much of an LDS is their luck. Mean over queries of the rank correlation over subsets; standard
 errors by a bootstrap over subsets and queries, and of the difference to the default by the same resamples.
 """
@@ -117,7 +117,6 @@ def methods() -> dict[str, Method]:
     found: dict[str, Method] = {f"ours, {k} draws": Ours({"num_draws": k}) for k in (1, 2, 4, 8, 16, 64)}
     for bands in (1, 2, 8, 16):
         found[f"ours, 16 draws, {bands} bands"] = Ours({"num_draws": 16, "num_bands": bands})
-    found["ours, 16 draws, 16 bands, 4096 dims"] = Ours({"num_draws": 16, "num_bands": 16, "proj_dim": 4096})
     for k in (4, 16):
         found[f"ours, {k} draws, kernel means"] = Ours({"num_draws": k}, "means")
         found[f"ours, {k} draws, cosine"] = Ours({"num_draws": k}, score="preconditioned-cosine")
@@ -126,10 +125,15 @@ def methods() -> dict[str, Method]:
     found["ours, 16 draws, uniform weighting"] = Ours({"num_draws": 16, "weighting": "uniform"})
     found["ours, 16 draws, independent noise"] = Ours({"num_draws": 16, "noise": "independent"})
     found["ours, 16 draws, antithetic"] = Ours({"num_draws": 16, "scheme": "antithetic"})
-    for dims in (128, 256, 512, 1024, 4096):
+    for dims in (128, 256, 512, 1024, 2048, 8192):
         found[f"ours, 4 draws, {dims} dims"] = Ours({"num_draws": 4, "proj_dim": dims})
-    for rank, dims in ((8, 512), (8, 2048), (32, 2048)):
+    for rank, dims in ((8, 512), (8, 2048), (32, 4096)):
         found[f"ours, 4 draws, rank {rank}, {dims} dims"] = Ours({"num_draws": 4, "rank": rank, "proj_dim": dims})
+    for k, bands in ((4, 4), (8, 4), (16, 8)):
+        for size in (512, 2048):
+            settings = {"num_draws": k, "num_bands": bands, "block_dim": size}
+            found[f"ours, {k} draws, {bands} bands, blocks of {size}"] = Ours(settings)
+    found["ours, 8 draws, float16"] = Ours({"num_draws": 8, "feature_dtype": "float16"})
     found["ours, 4 draws, unprojected"] = WithoutProjection(4)
     found |= {f"{DEFAULT}, seed {seed}": Ours({"num_draws": 4, "seed": seed}) for seed in SEEDS}
     found |= {f"{DEFAULT}, projection {seed}": OtherProjection(4, seed) for seed in SEEDS}
@@ -265,7 +269,11 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     if any(old[name] != new[name] for name in ("subsets", "seeds")):
         raise click.ClickException("lds.json is of fewer retrained models; run all methods again, without --method.")
     for kind, found in old["queries"].items():
-        found["rows"] |= new["queries"][kind]["rows"]
+        rows = new["queries"][kind]["rows"]
+        if rows[DEFAULT]["lds"] != found["rows"].get(DEFAULT, {}).get("lds"):  # what others are compared with
+            for row in found["rows"].values():
+                row["less_default"] = None
+        found["rows"] |= rows
     return old
 
 

@@ -129,15 +129,19 @@ def fold(projector: KroneckerProjector, row: Tensor) -> Tensor:
     """Return the sign sketch of eq. (7), entry by entry."""
     if len(row) == projector.proj_dim:
         return row
-    folded = row.new_zeros(projector.proj_dim)
+    num_blocks, _, size = projector._fold
+    folded = row.new_zeros(num_blocks, size)
     for place, entry in enumerate(row):
-        folded[place % projector.proj_dim] += projector._signs[place] * entry
-    return folded
+        block, within = divmod(place, math.ceil(len(row) / num_blocks))
+        folded[block, within % size] += projector._signs[block, within] * entry
+    return folded.flatten()
 
 
 def kronecker(projector: KroneckerProjector, layers: Sequence[Layer], gradients: Gradients) -> Tensor:
     """Return the feature of one row by eq. (7)."""
-    return fold(projector, torch.cat([kronecker_block(projector, x, gradients[x.name]) for x in layers]))
+    num_blocks = projector._fold[0]
+    dealt = [layer for first in range(num_blocks) for layer in layers[first::num_blocks]]
+    return fold(projector, torch.cat([kronecker_block(projector, x, gradients[x.name]) for x in dealt]))
 
 
 def dense(projector: DenseProjector, layers: Sequence[Layer], gradients: Gradients) -> Tensor:

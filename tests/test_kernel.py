@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,23 @@ from torch import Tensor
 from carv_attrib.errors import ArgumentError, StoreCorruptError, StoreError
 from carv_attrib.files import file_digest, read_sealed, write_sealed
 from carv_attrib.index import FeatureIndex, read_index_settings
-from carv_attrib.kernel import DAMPINGS, Kernel, KernelKind, ScoreKind, choose_damping, fit_kernel, load_kernel
+from carv_attrib.kernel import (
+    DAMPINGS,
+    Kernel,
+    KernelKind,
+    ScoreKind,
+    choose_damping,
+    fit_kernel,
+    kernel_of,
+    load_kernel,
+)
 from carv_attrib.parts import PartFeatures
 from carv_attrib.records import Record
 from carv_attrib.scores import score_bands
+from carv_attrib.seeding import random_bits, stream_key
 from carv_attrib.store import FeatureStore
 
-NUM, BANDS, DIM = 40, 3, 5
+NUM, BANDS, DIM, BLOCK = 40, 3, 6, 2
 
 
 @pytest.fixture
@@ -35,6 +46,8 @@ def store(tmp_path: Path, draws: Tensor) -> FeatureStore:
             "num_draws": 2 * BANDS,
             "noise": "shared",
             "feature_dtype": "float32",
+            "proj_dim": DIM,
+            "block_dim": BLOCK,
         },
         "dataset": {"num_examples": NUM},
         "num_replicates": 2,
@@ -50,28 +63,29 @@ def store(tmp_path: Path, draws: Tensor) -> FeatureStore:
     return FeatureStore.open(store.path)
 
 
-def naive_scores(query: Tensor, train: Tensor, hessian: Tensor, damping: float, bands: int) -> Tensor:
-    """Equation (9), term by term: query and train are (n, draws, d)."""
-    damped = hessian + damping * torch.trace(hessian) / len(hessian) * torch.eye(len(hessian)).double()
-    means = [x.double().view(len(x), bands, -1, DIM).mean(2) for x in (query, train)]
-    return torch.stack(
-        [
-            torch.stack([sum(q[b] @ torch.linalg.solve(damped, g[b]) for b in range(bands)) / bands for g in means[1]])
-            for q in means[0]
-        ]
-    )
+def naive_scores(query: Tensor, train: Tensor, hessians: Tensor, damping: float) -> Tensor:
+    """Equation (9), term by term: query and train are (n, draws, d), and a Hessian is of each band."""
+    scores = torch.zeros(len(query), len(train)).double()
+    for b, hessian in enumerate(hessians):
+        for first in range(0, DIM, BLOCK):
+            own = slice(first, first + BLOCK)
+            block = hessian[own, own]
+            damped = block + damping * torch.trace(block) / BLOCK * torch.eye(BLOCK).double()
+            means = [x.double().view(len(x), len(hessians), -1, DIM).mean(2)[:, b, own] for x in (query, train)]
+            scores += means[0] @ torch.linalg.solve(damped, means[1].T) / len(hessians)
+    return scores
 
 
-def hessian_of(draws: Tensor, kind: str) -> Tensor:
-    vectors = draws.double().flatten(0, 1) if kind == "bands" else draws.double().mean(1)
-    return vectors.T @ vectors / len(vectors)
+def hessians_of(draws: Tensor, kind: str) -> Tensor:
+    """Of each band half of its own, and half the mean of all."""
+    vectors = draws.double().view(NUM, BANDS, 2, DIM) if kind == "bands" else draws.double().mean(1)[:, None, None]
+    own = torch.stack([x.flatten(0, 1).T @ x.flatten(0, 1) / (NUM * x.shape[1]) for x in vectors.unbind(1)])
+    return (own + own.mean(0)) / 2
 
 
-@pytest.mark.parametrize(("kind", "bands"), [("bands", BANDS), ("means", 1)])
+@pytest.mark.parametrize("kind", ["bands", "means"])
 @pytest.mark.parametrize("damping", [0.01, 1.0])
-def test_scores_are_equation_9(
-    store: FeatureStore, draws: Tensor, kind: KernelKind, bands: int, damping: float
-) -> None:
+def test_scores_are_equation_9(store: FeatureStore, draws: Tensor, kind: KernelKind, damping: float) -> None:
     kernel = fit_kernel(store, kind)
     query = draws[:4].flip(2)
     scores = score_bands(
@@ -80,9 +94,10 @@ def test_scores_are_equation_9(
         kernel.inverse("preconditioned", damping),
     ).scores
     torch.testing.assert_close(
-        scores, naive_scores(query, draws, hessian_of(draws, kind), damping, bands), rtol=1e-10, atol=0
+        scores, naive_scores(query, draws, hessians_of(draws, kind), damping), rtol=1e-10, atol=1e-12
     )
-    assert kernel.num_vectors == (NUM * 2 * BANDS if kind == "bands" else NUM)
+    assert kernel.num_vectors == (NUM * 2 if kind == "bands" else NUM)
+    assert (kernel.proj_dim, kernel.eigenvalues.shape[1:]) == (DIM, (DIM // BLOCK, BLOCK))
 
 
 def test_without_a_kernel_scores_are_inner_products_and_cosines(store: FeatureStore, draws: Tensor) -> None:
@@ -203,7 +218,8 @@ def test_an_index_is_checked_before_it_is_read(store: FeatureStore) -> None:
     with pytest.raises(StoreCorruptError, match=r"index-00000.faiss is damaged: its checksum does not match"):
         read_index_settings(store, read_all=True)
     faiss_file.write_bytes(whole)
-    fit_kernel(store, "means").save(store.path / "kernel.safetensors")
+    kernel = fit_kernel(store)
+    replace(kernel, eigenvalues=2 * kernel.eigenvalues).save(store.path / "kernel.safetensors")
     with pytest.raises(StoreCorruptError, match=r"kernel.safetensors is damaged: its checksum does not match"):
         read_index_settings(store)
     (store.path / "index.json").write_text("{}")
@@ -291,24 +307,32 @@ def test_means_of_root_weighted_draws_are_refused(store: FeatureStore) -> None:
 
 @pytest.mark.parametrize("kind", ["bands", "means"])
 def test_automatic_damping_is_that_of_equation_9_prime(store: FeatureStore, draws: Tensor, kind: KernelKind) -> None:
-    """Written out: the likelihood of one half of the draws under each damping of the other."""
-    halves = [draws.double()[:, half::2] for half in (0, 1)]
+    """Written out: the likelihood of one half of the draws, and of the examples, under each damping of the other."""
+    second = (random_bits(stream_key(0, "halves"), torch.arange(NUM) + 100) & 1).bool()
+    assert 0 < second.sum() < NUM
+    by_draws = [draws.double()[:, half::2] for half in (0, 1)]
+    by_examples = [draws.double()[~second], draws.double()[second]]
     if kind == "means":
-        halves = [half.mean(1, keepdim=True) for half in halves]
-    moments = [(half.flatten(0, 1).T @ half.flatten(0, 1)) / half.flatten(0, 1).shape[0] for half in halves]
+        by_draws = [half.mean(1, keepdim=True) for half in by_draws]
+        by_examples = [torch.stack([x[:, half::2].mean(1) for half in (0, 1)], 1) for x in by_examples]
 
     def surprise(damping: float, known: Tensor, other: Tensor) -> float:
-        covariance = known + damping * torch.trace(known) / DIM * torch.eye(DIM)
-        covariance = covariance * torch.trace(torch.linalg.solve(covariance, other)) / DIM  # the best factor
-        density = torch.distributions.MultivariateNormal(torch.zeros(DIM).double(), covariance)
-        vectors = torch.linalg.cholesky(other).T * DIM**0.5  # their second moment is the other's
-        return -float(density.log_prob(vectors).mean())
+        vectors = [known.flatten(0, 1), other.flatten(0, 1)]
+        total = 0.0
+        for first in range(0, DIM, BLOCK):
+            known, other = (x[:, first : first + BLOCK].T @ x[:, first : first + BLOCK] / len(x) for x in vectors)
+            covariance = known + damping * torch.trace(known) / BLOCK * torch.eye(BLOCK)
+            covariance = covariance * torch.trace(torch.linalg.solve(covariance, other)) / BLOCK  # the best factor
+            density = torch.distributions.MultivariateNormal(torch.zeros(BLOCK).double(), covariance)
+            alike = torch.linalg.cholesky(other).T * BLOCK**0.5  # their second moment is the other's
+            total -= float(density.log_prob(alike).mean())
+        return total
 
-    surprises = [[surprise(x, *pair) for x in DAMPINGS.tolist()] for pair in (moments, moments[::-1])]
-    found = [float(DAMPINGS[np.argmin(own)]) for own in surprises]
+    found = []
+    for halves in (by_draws, by_draws[::-1], by_examples, by_examples[::-1]):
+        found.append(float(DAMPINGS[np.argmin([surprise(x, *halves) for x in DAMPINGS.tolist()])]))
     kernel = fit_kernel(store, kind)
-    num_bands = {"bands": BANDS, "means": 1}[kind]
-    assert kernel.auto_damping == pytest.approx((found[0] * found[1]) ** 0.5 / 2 * (4 / num_bands) ** 2, rel=1e-9)
+    assert kernel.auto_damping == pytest.approx(np.prod(found) ** 0.25 / 2, rel=1e-9)
     torch.testing.assert_close(
         kernel.inverse("preconditioned", "auto"), kernel.inverse("preconditioned", kernel.auto_damping)
     )
@@ -321,9 +345,11 @@ def test_a_refined_kernel_has_new_vectors_in_place_of_the_old(store: FeatureStor
     new = 0.3 * torch.randn(6, *features.shape[1:], generator=torch.Generator().manual_seed(1)).double()
     refined = kernel.refined(features[:6], new, num_candidates=6)
     scale = new.norm() / features[:6].norm()
-    flat = torch.cat([new, scale * features[6:]]).flatten(0, 2)
-    found = refined.eigenvectors @ refined.eigenvalues.diag() @ refined.eigenvectors.T
-    torch.testing.assert_close(found, flat.T @ flat / len(flat))
+    expected = kernel_of(torch.cat([new, scale * features[6:]]), BLOCK)
+    for known in (refined, expected):
+        assert known.eigenvalues.shape == (BANDS, DIM // BLOCK, BLOCK)
+    found, wanted = ((x.eigenvectors * x.eigenvalues[:, :, None]) @ x.eigenvectors.mT for x in (refined, expected))
+    torch.testing.assert_close(found, wanted)
     assert (refined.num_vectors, refined.auto_damping) == (kernel.num_vectors, kernel.auto_damping)
 
 
@@ -345,19 +371,45 @@ def test_automatic_damping_falls_with_the_number_of_draws(num_draws: int) -> Non
         directions = torch.randn(draws, 40, generator=generator) / 2
         vectors = signal + torch.randn(2000, draws, 1, generator=generator) * directions
         flat = vectors.flatten(0, 1).double()
-        return flat.T @ flat / len(flat)
+        return (flat.T @ flat / len(flat))[None]
 
-    found = [choose_damping(moment(n), moment(n), num_bands=4) for n in (num_draws, 4 * num_draws)]
-    assert found[1] < found[0]
+    def chosen(draws: int) -> float:
+        halves = [[moment(draws) for _ in range(2)] for _ in range(2)]
+        return choose_damping(halves)
+
+    assert chosen(4 * num_draws) < chosen(num_draws)
 
 
 def test_automatic_damping_is_positive_and_finite() -> None:
-    singular = torch.diag(torch.tensor([1.0, 0.0]).double())
-    assert choose_damping(singular, singular, num_bands=4) == pytest.approx(1e-5 / 2)
-    assert choose_damping(torch.eye(2).double(), torch.diag(torch.tensor([1.0, 1e-9]).double()), num_bands=4) <= 5
+    singular = torch.diag(torch.tensor([1.0, 0.0]).double())[None]
+    assert choose_damping([[singular, singular], [singular, singular]]) == pytest.approx(1e-5 / 2)
+    other = torch.diag(torch.tensor([1.0, 1e-9]).double())[None]
+    assert choose_damping([[torch.eye(2).double()[None], other], [other, other]]) <= 5
 
 
-def test_automatic_damping_is_larger_for_fewer_than_four_bands() -> None:
-    halves = [torch.diag(torch.tensor(values).double()) for values in ([1.0, 0.1], [1.0, 0.2])]
-    usual = choose_damping(*halves, num_bands=4)
-    assert [choose_damping(*halves, num_bands=n) / usual for n in (1, 2, 4, 16)] == pytest.approx([16, 4, 1, 1])
+def test_automatic_damping_goes_by_draws_alone_where_all_examples_are_in_one_half() -> None:
+    halves = [torch.diag(torch.tensor(values).double())[None] for values in ([1.0, 0.1], [1.0, 0.2])]
+    none = torch.zeros(1, 2, 2).double()
+    assert choose_damping([halves, [none, none]]) == choose_damping([[none, none], halves])
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_kernel_has_the_same_bits_with_any_number_of_threads(store: FeatureStore, num_threads: int) -> None:
+    expected = fit_kernel(store)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        found = fit_kernel(store)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found.eigenvectors, expected.eigenvectors)
+
+
+def test_features_come_back_from_the_eigenbasis(store: FeatureStore) -> None:
+    kernel, features = fit_kernel(store), store.read_features(range(5)).double()
+    torch.testing.assert_close(kernel.restored(kernel.banded(features)), features)
+    window = slice(1, 3)
+    torch.testing.assert_close(kernel.within(window).banded(features[:, window]), kernel.banded(features)[:, window])
+    assert not torch.allclose(
+        kernel.banded(features[:, [1, 0, 2]])[:, 0], kernel.banded(features)[:, 1]
+    )  # each its own

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from carv_attrib.kernel import decompose
+from carv_attrib.kernel import kernel_of
 from carv_attrib.leave_out import LeaveOut
 from carv_attrib.projection import DenseProjector, KroneckerProjector, Layer, Projector
 from carv_attrib.projection.layer import NUM_GROUPS, independent_groups
@@ -15,36 +15,49 @@ from carv_attrib.scores import score_bands
 DAMPING, NUM_LAYERS, SIZE, NUM_TRAIN, NUM_QUERIES, BANDS = 1.0, 7, 40, 40, 2, 2
 
 
-def scores_and_variance(features: Tensor, families: Tensor) -> tuple[Tensor, Tensor]:
+def scores_and_variance(features: Tensor, families: Tensor, num_blocks: int = 1) -> tuple[Tensor, Tensor]:
     """Return the scores of the first examples, as queries, for the others, and their variance over projections."""
     features = features.double().view(-1, BANDS, features.shape[-1])
     query, train = features[:NUM_QUERIES], features[NUM_QUERIES:]
-    flat = train.flatten(0, 1)
-    kernel = decompose(flat.T @ flat, len(flat))
+    kernel = kernel_of(train[:, :, None], features.shape[-1] // num_blocks)
     inverse = kernel.inverse("preconditioned", DAMPING)
-    query, train = query @ kernel.eigenvectors, train @ kernel.eigenvectors
-    leave_out = LeaveOut(kernel, inverse, families, flat[:, None, None])
+    leave_out = LeaveOut(kernel, inverse, families, alike(train[:, :, None]))
+    query, train = (kernel.banded(side[:, :, None])[:, :, 0] for side in (query, train))
     moved = torch.einsum("qbgd,nbd->gqn", leave_out.of(query), train) / BANDS
     return torch.einsum("qbd,nbd->qn", query * inverse, train) / BANDS, moved.square().sum(0)
 
 
-def test_a_group_is_left_out_of_query_examples_and_kernel_at_the_same_lambda() -> None:
+def alike(features: Tensor) -> Tensor:
+    """Return replicates that are the same: all that a projection does to them lasts."""
+    return features.mean(2, keepdim=True).expand(-1, -1, 2, -1)
+
+
+@pytest.mark.parametrize(
+    ("block", "family"),
+    [(12, torch.arange(12) % 4), (4, torch.arange(12) % 4), (6, torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 3, 3]))],
+)
+def test_a_group_is_left_out_of_query_examples_and_kernel_at_the_same_lambda(block: int, family: Tensor) -> None:
+    """In blocks too, of which each may have other shares of a group, or nothing of it."""
     generator = torch.Generator().manual_seed(0)
     train, query = (torch.randn(n, 12, generator=generator).double() for n in (30, 2))
-    family = torch.arange(12) % 4
-    kernel = decompose(train.T @ train, 30)
+    kernel = kernel_of(train[:, None, None], block)
     inverse = kernel.inverse("preconditioned", DAMPING)
-    leave_out = LeaveOut(kernel, inverse, family[None], train[:, None, None])
-    found = leave_out.of((query @ kernel.eigenvectors)[:, None])[:, 0]
-    lam = DAMPING * kernel.eigenvalues.mean()
+    leave_out = LeaveOut(kernel, inverse, family[None], alike(train[:, None, None]))
+    found = leave_out.of(kernel.banded(query[:, None, None])[:, :, 0])[:, 0]
+    means = kernel.eigenvalues.mean(2)[0]
 
     def scores(kept: Tensor) -> Tensor:
-        own = train[:, kept]
-        return query[:, kept] @ torch.linalg.solve(own.T @ own / 30 + lam * torch.eye(int(kept.sum())), own.T)
+        total = torch.zeros(2, 30).double()
+        for number, mean in enumerate(means):
+            of_block = kept & (torch.arange(12) // block == number)
+            own, lam = train[:, of_block], DAMPING * mean * torch.eye(int(of_block.sum()))
+            total += query[:, of_block] @ torch.linalg.solve(own.T @ own / 30 + lam, own.T)
+        return total
 
     changes = torch.stack([scores(family >= 0) - scores(family != number) for number in range(4)])
-    expected = (changes - changes.mean(0)) * 0.75**0.5
-    deviations = torch.einsum("qgd,nd->gqn", found, train @ kernel.eigenvectors)
+    sizes = family.bincount().double()
+    expected = (changes - changes.sum(0) * (sizes / 12)[:, None, None]) * 0.75**0.5
+    deviations = torch.einsum("qgd,nd->gqn", found, kernel.banded(train[:, None, None])[:, 0, 0])
     torch.testing.assert_close(deviations[:4], expected)
     assert (deviations[4:] == 0).all()  # groups that are not there
 
@@ -68,18 +81,20 @@ def project(projector: Projector, layers: list[Layer], activations: Tensor, outp
     return projector.combine(blocks)
 
 
-@pytest.mark.parametrize("kind", ["normal", "rademacher", "kronecker"])
-def test_squares_sum_to_the_variance_over_projections(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "blocks"), [("normal", 1), ("rademacher", 1), ("rademacher", 2), ("kronecker", 1), ("kronecker", 2)]
+)
+def test_squares_sum_to_the_variance_over_projections(kind: str, blocks: int) -> None:
     """Kronecker blocks of one token have rank one: coordinates share so much that any groups would see too little."""
     layers, activations, outputs = gradients(tokens=1)
     runs: list[tuple[Tensor, ...]] = []
     for seed in range(150):
         projector: Projector = DenseProjector(kind, 128, seed)
         if kind == "kronecker":
-            projector = KroneckerProjector(layers, 8, 128, seed, "cpu")
+            projector = KroneckerProjector(layers, 8, 128, seed, "cpu", 128 // blocks)
         features = project(projector, layers, activations, outputs)
-        scores, variance = scores_and_variance(features, projector.families)
-        runs.append((scores, variance, scores_and_variance(features, independent_groups(128))[1]))
+        scores, variance = scores_and_variance(features, projector.families, blocks)
+        runs.append((scores, variance, scores_and_variance(features, independent_groups(128), blocks)[1]))
     scores, variance, independent = (torch.stack(values) for values in zip(*runs, strict=True))
     true = scores.var(0).mean()
     assert 0.85 < variance.mean() / true < 1.2
@@ -97,11 +112,10 @@ def both_sides(noise: float, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor,
     common, own = (torch.randn(size, 4, 2, 200, generator=generator) for size in (1, len(means)))
     gradients = means + noise * (common + own)
     features = (gradients @ torch.randn(200, 64, generator=generator) / 8).double()
-    flat = features[NUM_QUERIES:].flatten(0, 2)
-    kernel = decompose(flat.T @ flat, len(flat))
-    inverse, rotated = kernel.inverse("preconditioned", DAMPING), features @ kernel.eigenvectors
+    kernel = kernel_of(features[NUM_QUERIES:], 64)
+    inverse, rotated = kernel.inverse("preconditioned", DAMPING), kernel.banded(features)
     query, train, families = rotated[:NUM_QUERIES], rotated[NUM_QUERIES:], independent_groups(64)
-    examples = (features[NUM_QUERIES:], flat[:, None, None])  # without replicates there is no telling them apart
+    examples = (features[NUM_QUERIES:], alike(features[NUM_QUERIES:]))
     both = [LeaveOut(kernel, inverse, families, own).of(query.mean(2)) for own in examples]
     return query, train, inverse, *both
 

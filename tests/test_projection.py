@@ -91,9 +91,11 @@ def case(request: pytest.FixtureRequest) -> Case:
     return make_case(build(bias), shape)
 
 
-def build(kind: str, layers: list[Layer], *, seed: int = 0, proj_dim: int = 16, rank: int = 2) -> Projector:
+def build(
+    kind: str, layers: list[Layer], *, seed: int = 0, proj_dim: int = 16, rank: int = 2, block_dim: int = 512
+) -> Projector:
     """Return a float64 projector on the CPU."""
-    config = ProjectionConfig(projection=kind, proj_dim=proj_dim, rank=rank)  # type: ignore[arg-type]
+    config = ProjectionConfig(projection=kind, proj_dim=proj_dim, rank=rank, block_dim=block_dim)  # type: ignore[arg-type]
     return build_projector(config, layers, seed=seed, device="cpu", dtype=torch.float64)
 
 
@@ -185,12 +187,16 @@ def flat_gradients(cases: list[Case]) -> Tensor:
     return torch.cat([weight_gradient(c.layer, c.inputs, c.output_gradients) for c in cases], dim=1)
 
 
-@pytest.mark.parametrize("proj_dim", [5, 6, 11, 12, 13, 100])
-def test_kronecker_folds_all_layers_as_the_signs_say(proj_dim: int) -> None:
+@pytest.mark.parametrize(
+    ("proj_dim", "block_dim"),
+    [(5, 5), (6, 6), (11, 512), (12, 12), (13, 20), (100, 100), (6, 3), (8, 2), (5, 1), (40, 4)],
+)
+def test_kronecker_folds_all_layers_as_the_signs_say(proj_dim: int, block_dim: int) -> None:
     cases = three_cases()
     layers = [c.layer for c in cases]
-    projector = build("kronecker", layers, proj_dim=proj_dim)
+    projector = build("kronecker", layers, proj_dim=proj_dim, block_dim=block_dim)
     assert isinstance(projector, KroneckerProjector)
+    assert projector.proj_dim == min(proj_dim, 12)
     gradients = [
         {c.layer.name: reference.matrix_of(c.layer, *_split(c, row)) for c in cases}
         for row in range(len(cases[0].inputs))
@@ -211,8 +217,8 @@ def _split(case: Case, row: int) -> tuple[Tensor, Tensor]:
 def test_the_signs_of_the_fold_are_fair() -> None:
     layers = [Layer(str(i), nn.Linear(50, 50)) for i in range(40)]
     projector = KroneckerProjector(layers, 4, 100, 0, "cpu")
-    assert set(projector._signs.tolist()) == {-1.0, 1.0}
-    assert abs(float(projector._signs.mean())) < 4 / len(projector._signs) ** 0.5
+    assert set(projector._signs.flatten().tolist()) == {-1.0, 1.0}
+    assert abs(float(projector._signs.mean())) < 4 / projector._signs.numel() ** 0.5
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ class CostModel:
     def disk_bytes(self, config: FeaturizeConfig) -> int:
         """Return the bytes of features, records, kernel and search index; headers are left out."""
         estimator, d = config.estimator, self.proj_dim
-        width = 2 * d + 4 if config.storage.feature_dtype == "float16" else 4 * d
+        width = {"int8": d + 4, "float16": 2 * d + 4, "float32": 4 * d}[config.storage.feature_dtype]
         vectors = self.num_examples * estimator.num_bands * estimator.num_replicates
         records = self.num_examples * (self.units.record_bytes + 8)
         index = 4 * self.num_examples * estimator.num_bands * d + 8 * self._kernel_entries(config)
