@@ -8,10 +8,11 @@ Writes:   docs/benchmarks/lds/TASK/lds.json, and the table that it prints; score
 Methods are settings of `featurize` and of the query. Each is scored at every damping of a grid; the damping is chosen
 on the even subsets, and the odd ones are reported, for all methods alike. TRAK and D-TRAK run the code of `trak`
 (`lds_peers.py`; `check_dattri.py` compares the gradients of `dattri`); `lds_unprojected.py` has ours without a
-projection. What is equal is the teacher, the queries and the number of draws; the dimensions are the defaults of each, 2,048
-for `trak` and 4,096 for ours, but for rows that say otherwise. Ours at 4 draws is measured with other seeds, and with other projections of
-the same draws, too: how much of an LDS is their luck. Mean over queries of the rank correlation over subsets; standard
-errors by a bootstrap over subsets and queries, and of the difference to the default by the same resamples.
+projection. What is equal is the teacher, the queries and the number of draws. Dimensions are the defaults, 2,048 for
+`trak` and 4,096 for ours, but for rows that say otherwise. Ours at 4 draws is measured with other seeds, and with other
+projections of the same draws, too: how much of an LDS is their luck. Mean over queries of the rank correlation over
+subsets; standard errors by a bootstrap over subsets and queries, and of the difference to the default by the same
+resamples.
 """
 
 from __future__ import annotations
