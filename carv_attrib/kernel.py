@@ -253,7 +253,7 @@ def _in_blocks(vectors: Float64[Tensor, "*vectors d"], size: int) -> Float64[Ten
 
 
 def _by_block(
-    vectors: Float64[Tensor, "*examples bands replicates d"], matrices: Float64[Tensor, "bands blocks size size"]
+    vectors: Float64[Tensor, "*examples bands replicates d"], matrices: Float64[Tensor, "#bands blocks size size"]
 ) -> Float64[Tensor, "*examples bands replicates d"]:
     """Return vectors times the matrix of each band and block."""
     products: Tensor = torch.einsum("...brgi,bgij->...brgj", _in_blocks(vectors, matrices.shape[-1]), matrices)

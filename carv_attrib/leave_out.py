@@ -45,7 +45,7 @@ class LeaveOut:
         kernel: Kernel,
         inverse: Float64[Tensor, "bands d"],
         families: Int64[Tensor, "families d"],
-        examples: Float[Tensor, "examples bands replicates d"],
+        examples: Float[Tensor, "examples all_bands replicates d"],
     ) -> None:
         """Prepare a kernel and a damping.
 

@@ -14,7 +14,7 @@ from zlib import crc32
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32, Int64, Num
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,6 +23,8 @@ from carv_attrib.config import FeatureDtype
 from carv_attrib.errors import StoreCorruptError
 from carv_attrib.files import atomic_file
 
+GROUP = 64
+"""Numbers of a vector in int8 that share a scale."""
 _LATER_TENSORS = ("row_crc32", "examples_sha256")  # which parts of earlier versions do not have
 _NO_CHECKSUM = -1  # of the rows of parts of earlier versions
 
@@ -42,19 +44,24 @@ class PartFeatures:
     def packed(self, dtype: FeatureDtype) -> dict[str, Tensor]:
         """Return the tensors of a features file but for its checksums: in few bits over a scale of each vector, or all.
 
-        In int8 the largest magnitude of a vector is 127, in float16 it is 1.
+        In float16 the largest magnitude of a vector is 1; in int8 that of `GROUP` numbers is 127.
         """
         values, scale = self.features, torch.ones(())
-        if dtype != "float32":
-            largest = values.abs().amax(-1, keepdim=True)
-            scale = torch.where(largest > 0, largest / (127 if dtype == "int8" else 1), 1.0).float()
-            values = (values / scale).round().to(torch.int8) if dtype == "int8" else (values / scale).half()
+        if dtype == "float16":
+            scale = _largest(values)
+            values = (values / scale).half()
+        elif dtype == "int8":
+            num_dims = values.shape[-1]
+            groups = torch.nn.functional.pad(values, (0, -num_dims % GROUP))
+            scale = _largest(groups.view(*values.shape[:-1], -1, GROUP)).squeeze(-1) / 127
+            values = (values / torch.from_numpy(_spread(scale.numpy(), num_dims))).round().to(torch.int8)
         return {"ids": self.ids, "features": values, "features_scale": scale}
 
     @staticmethod
     def unpacked(tensors: Mapping[str, Tensor]) -> PartFeatures:
         """Return what such tensors hold, in float32."""
-        return PartFeatures(tensors["ids"], tensors["features"].float() * tensors["features_scale"])
+        values, scale = tensors["features"].float(), tensors["features_scale"].numpy()
+        return PartFeatures(tensors["ids"], values * torch.from_numpy(_spread(scale, values.shape[-1])))
 
 
 def concatenate(pieces: Sequence[PartFeatures]) -> PartFeatures | None:
@@ -173,7 +180,9 @@ class PartRows:
             raise StoreCorruptError(
                 f"{self._path} is damaged: the checksum of an example does not match; delete it, featurize again."
             )
-        features: Float32[np.ndarray, "rows bands replicates proj_dim"] = values.astype(np.float32) * scale
+        features: Float32[np.ndarray, "rows bands replicates proj_dim"] = values.astype(np.float32) * _spread(
+            scale, self._shape[-1]
+        )
         return features
 
 
@@ -186,11 +195,13 @@ def _check_tensors(path: Path, file: Any, feature_shape: Sequence[int]) -> None:
     slices = {name: file.get_slice(name) for name in file.keys()}
     found = {name: (own.get_dtype(), own.get_shape()) for name, own in slices.items()}
     examples = found.get("ids", ("", [0]))[1]
-    features, scales = [*examples, *feature_shape], [*examples, *feature_shape[:-1], 1]
+    features, scales, groups = (
+        [*examples, *feature_shape[:-1], d] for d in (feature_shape[-1], 1, -(-feature_shape[-1] // GROUP))
+    )
     allowed = {
         "ids": [("I64", examples[:1])],
         "features": [("I8", features), ("F16", features), ("F32", features)],
-        "features_scale": [("F32", scales), ("F32", [])],
+        "features_scale": [("F32", scales), ("F32", groups), ("F32", [])],
         "row_crc32": [("I64", examples)],
         "examples_sha256": [("U8", [32])],
     }
@@ -212,8 +223,22 @@ def _data_offset(path: Path, name: str) -> int:
         return 8 + length + int(json.loads(file.read(length))[name]["data_offsets"][0])
 
 
+def _largest(values: Float[Tensor, "*shape dim"]) -> Float[Tensor, "*shape one"]:
+    """Return the largest magnitude of each vector in float32; one of a vector of zeros."""
+    largest = values.abs().amax(-1, keepdim=True).float()
+    return torch.where(largest > 0, largest, 1.0)
+
+
+def _spread(scale: Float32[np.ndarray, "..."], num_dims: int) -> Float32[np.ndarray, "..."]:
+    """Return the scale of each number of vectors, from those of groups of numbers or of all."""
+    if scale.ndim == 0 or scale.shape[-1] == 1:
+        return scale
+    spread: np.ndarray = np.repeat(scale, GROUP, axis=-1)[..., :num_dims]
+    return spread
+
+
 def _row_checksums(
-    ids: Int64[np.ndarray, " rows"], values: Float[np.ndarray, "rows *shape"], scale: Float[np.ndarray, "rows *scales"]
+    ids: Int64[np.ndarray, " rows"], values: Num[np.ndarray, "rows *shape"], scale: Float[np.ndarray, "rows *scales"]
 ) -> Int64[np.ndarray, " rows"]:
     """Return the CRC-32 of the bytes of each id, of its values, and of their scales."""
     rows = zip(ids, values, scale, strict=True)

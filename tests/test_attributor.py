@@ -51,10 +51,10 @@ def test_a_training_example_asked_again_is_its_own_first_proponent(
         image, label = pictures[row]
         result = attributor.query(image, label=label, top_k=3, score="preconditioned-cosine")
         assert result.ids[0] == row
-        assert result.scores[0] == pytest.approx(1, abs=1e-3)
+        assert result.scores[0] == pytest.approx(1, abs=3e-3)
 
 
-def test_query_features_are_the_training_features_up_to_float16(
+def test_query_features_are_the_training_features_up_to_int8(
     attributor: Attributor, pictures: list[tuple[Image.Image, int]]
 ) -> None:
     """Shared draws: the same picture gives the same features, whoever asks."""
@@ -62,7 +62,7 @@ def test_query_features_are_the_training_features_up_to_float16(
     images, labels = [list(column) for column in zip(*pictures[:3], strict=True)]
     features = attributor.members[0].features(attributor.members[0].encode(images, labels))
     stored = store.read_features([0, 1, 2])
-    assert ((features - stored).abs().amax(-1) / features.abs().amax(-1)).max() < 2**-11
+    assert ((features - stored).abs().amax(-1) / features.abs().amax(-1)).max() < 1 / 253  # 48 numbers have one scale
 
 
 def test_a_query_returns_what_the_matrix_of_scores_says(

@@ -24,7 +24,7 @@ from carv_attrib import load_teacher
 from carv_attrib.config import FeaturizeConfig
 from carv_attrib.estimator import Encoded, Estimator, GradientProfile, average_bands, build_estimator
 from carv_attrib.evaluation import GroundTruth
-from carv_attrib.kernel import decompose
+from carv_attrib.kernel import kernel_of
 from carv_attrib.scores import score_bands
 from carv_attrib.teacher import Teacher
 
@@ -129,10 +129,10 @@ def test_dual_scores_are_those_of_the_kernel_over_draws(teacher: Teacher, encode
     draws = estimator.draws(IDS)
     values = estimator.features(encoded, draws).double()
     vectors = values[:NUM_TRAIN].flatten(0, 1)
-    kernel = decompose(vectors.T @ vectors, len(vectors))
+    kernel = kernel_of(vectors[:, None, None], vectors.shape[1])  # one for all bands
     lam = 0.1 * float((vectors @ vectors.T).trace()) / len(vectors) ** 2
     bands = kernel.banded(average_bands(values.float(), draws, estimator.config))
-    expected = score_bands(bands[NUM_TRAIN:], bands[:NUM_TRAIN], 1 / (kernel.eigenvalues + lam)).scores
+    expected = score_bands(bands[NUM_TRAIN:], bands[:NUM_TRAIN], 1 / (kernel.eigenvalues[0] + lam)).scores
     gram = lds_unprojected.inner_products(estimator, encoded, IDS, NUM_TRAIN, tmp_path / "gram.npz")
     found = lds_unprojected.score(gram, 4, 0.1)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
@@ -141,7 +141,7 @@ def test_dual_scores_are_those_of_the_kernel_over_draws(teacher: Teacher, encode
 def test_another_projection_changes_nothing_else(
     teacher: Teacher, encoded: Encoded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"num_draws": 4, "num_bands": 4, "rank": 4, "proj_dim": 64}
+    settings = {"num_draws": 4, "num_bands": 4, "rank": 4, "proj_dim": 64, "block_dim": 32}
     estimator = build_estimator(teacher, FeaturizeConfig.from_flat(settings), 8, PROFILE)
     monkeypatch.setattr(bench_lds, "restore_estimator", lambda *_: estimator)
     inputs: Any = SimpleNamespace(teacher=teacher, encoded=encoded, ids=IDS, num_train=NUM_TRAIN)
@@ -151,8 +151,7 @@ def test_another_projection_changes_nothing_else(
     )
     draws = estimator.draws(IDS)
     bands = average_bands(estimator.features(encoded, draws), draws, estimator.config).double()
-    vectors = bands[:NUM_TRAIN].flatten(0, 2)
-    kernel = decompose(vectors.T @ vectors, len(vectors))
+    kernel = kernel_of(bands[:NUM_TRAIN], 32)
     train, query = kernel.banded(bands[:NUM_TRAIN]), kernel.banded(bands[NUM_TRAIN:])
     expected = score_bands(query, train, kernel.inverse("preconditioned", 0.1)).scores.numpy()
     np.testing.assert_allclose(same, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())
@@ -227,6 +226,19 @@ def test_the_scores_for_counterfactuals_are_at_the_automatic_damping_or_at_the_b
     found = final_scores({"peer": {"0.1": good, "1.0": -good}, "ours": {"0.1": good, "auto": 2 * good}}, truth)
     np.testing.assert_array_equal(found["peer"], good)
     np.testing.assert_array_equal(found["ours"], 2 * good)
+
+
+def test_differences_to_another_default_are_not_kept() -> None:
+    """Differences to the default of rows that stay are gone where the default is another."""
+    default = {"lds": 5, "less_default": 0}
+    rows = {"ours, 4 draws": default, "a": {"lds": 1, "less_default": 4}, "b": {}}
+    old = {"subsets": 4, "seeds": 2, "queries": {"held-out": {"rows": {name: dict(row) for name, row in rows.items()}}}}
+    new = {"subsets": 4, "seeds": 2, "queries": {"held-out": {"rows": {"b": {"lds": 3}, "ours, 4 draws": default}}}}
+    assert merged(old, new)["queries"]["held-out"]["rows"] == rows | {"b": {"lds": 3}}
+    other = {"lds": 6, "less_default": 0}
+    new["queries"]["held-out"]["rows"] = {"ours, 4 draws": other}
+    found = merged(old, new)["queries"]["held-out"]["rows"]
+    assert (found["ours, 4 draws"], found["a"]) == (other, {"lds": 1, "less_default": None})
 
 
 def test_some_methods_change_their_own_rows_only_and_only_of_the_same_models() -> None:

@@ -38,10 +38,10 @@ class Case:
     layers: list[Layer]
     weighting: Tensor
 
-    def projector(self, kind: str = "kronecker", proj_dim: int = 40) -> Projector:
+    def projector(self, kind: str = "kronecker", proj_dim: int = 40, block_dim: int = 20) -> Projector:
         """Return a projector for the case's layers."""
         device, dtype = placement(self.teacher)
-        config = ProjectionConfig(projection=kind, proj_dim=proj_dim, rank=2)  # type: ignore[arg-type]
+        config = ProjectionConfig(kind, proj_dim, block_dim, rank=2)  # type: ignore[arg-type]
         return build_projector(config, self.layers, seed=0, device=device, dtype=dtype)
 
     def features(self, projector: Projector, *, micro_batch: int = 4, **changes: Any) -> Tensor:
@@ -124,7 +124,7 @@ def test_kronecker_features_are_the_naive_ones(cases: Callable[[str], Case], fam
 @pytest.mark.parametrize("family", KINDS_OF_DENOISER)
 def test_every_layer_contributes_its_naive_block(cases: Callable[[str], Case], family: str) -> None:
     case = cases(family)
-    projector = case.projector(proj_dim=10**6)  # unfolded: each layer on its own scale
+    projector = case.projector(proj_dim=10**6, block_dim=10**6)  # unfolded: each layer on its own scale
     actual, expected = case.features(projector), case.expected(projector)
     start = 0
     for layer in case.layers:

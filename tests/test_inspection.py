@@ -48,14 +48,15 @@ def explicit(store: FeatureStore, damping: float, *, bands_apart: bool) -> dict[
     """Return the diagonal of eq. (9), with H and its inverse written out."""
     parts = [store.read_part(part) for part in store.parts]
     bands = torch.cat([part.features for part in parts]).double().mean(2)  # (examples, bands, d)
-    vectors = torch.cat([part.features for part in parts]).double().flatten(0, 2)
+    vectors = torch.cat([part.features for part in parts]).double()
     if not bands_apart:
         bands = bands.mean(1, keepdim=True)
-        vectors = bands[:, 0]
-    hessian = vectors.T @ vectors / len(vectors)
-    lam = damping * hessian.trace() / len(hessian)
-    inverse = torch.linalg.inv(hessian + lam * torch.eye(len(hessian), dtype=torch.float64))
-    matrix = torch.einsum("qbd,de,nbe->qn", bands, inverse, bands) / bands.shape[1]
+        vectors = bands[:, :, None]
+    own = torch.einsum("nbrd,nbre->bde", vectors, vectors) / (vectors.shape[0] * vectors.shape[2])
+    hessians = (own + own.mean(0)) / 2
+    lam = damping * torch.stack([hessian.trace() for hessian in hessians]) / hessians.shape[1]
+    inverse = torch.linalg.inv(hessians + lam[:, None, None] * torch.eye(hessians.shape[1], dtype=torch.float64))
+    matrix = torch.einsum("qbd,bde,nbe->qn", bands, inverse, bands) / bands.shape[1]
     return dict(zip(store.ids.tolist(), matrix.diagonal().tolist(), strict=True))
 
 
@@ -97,7 +98,7 @@ def test_self_influence_is_what_a_query_about_an_example_says_of_itself(tiny_ind
     assert isinstance(first, SelfInfluence)
     assert first.label == first.key[0]
     asked = Attributor.open(tiny_index, device="cpu").query(digits_folder / first.key, label=int(first.key[0]))
-    assert asked.scores[asked.ids.tolist().index(first.id)] == pytest.approx(first.score, rel=1e-2)
+    assert asked.scores[asked.ids.tolist().index(first.id)] == pytest.approx(first.score, rel=2e-2)
 
 
 def test_self_influence_needs_a_number_and_an_index(hand_made: FeatureStore) -> None:

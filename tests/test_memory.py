@@ -165,7 +165,9 @@ def test_auto_measures_real_calls_of_every_family(
 ) -> None:
     monkeypatch.setattr(memory, "SLOWER", 1e9)  # memory decides, not the clock
     teacher = teacher_of(family)
-    config = FeaturizeConfig.from_flat({"micro_batch": "auto", "num_draws": 3, "num_bands": 1, "batch_size": 4})
+    config = FeaturizeConfig.from_flat(
+        {"micro_batch": "auto", "num_draws": 3, "num_bands": 1, "batch_size": 4, "proj_dim": 512}
+    )
     assert choose_micro_batch(teacher, config) == 12  # all draws of a batch
     estimator, encoded, draws = case_of(teacher, 4, proj_dim=512)
     peak = peak_bytes(lambda: estimator.project(encoded, draws, 4), CPU)

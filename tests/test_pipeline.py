@@ -181,7 +181,7 @@ def random_index(tmp_path_factory: pytest.TempPathFactory, dit_folder: Path, dig
 def test_random_encodings_change_no_shape(random_index: Path, tiny_index: Path) -> None:
     store, plain = FeatureStore.open(random_index), FeatureStore.open(tiny_index)
     assert (store.manifest["draws_per_example"], plain.manifest["draws_per_example"]) == (8, 4)
-    assert store.manifest["format_version"] == 4
+    assert store.manifest["format_version"] == 5
     assert store.read_part(0).features.shape == plain.read_part(0).features.shape == (8, 2, 2, 48)
     assert store.verify() == []
     assert not torch.allclose(store.read_part(0).features, plain.read_part(0).features)
@@ -404,11 +404,11 @@ def test_many_dimensions_are_told_before_anything_is_computed(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("carv_attrib.manifest.LARGE_PROJ_DIM", SETTINGS["proj_dim"] - 1)
+    monkeypatch.setattr("carv_attrib.manifest.LARGE_BLOCK", SETTINGS["proj_dim"] - 1)
     told: list[str] = []
     monkeypatch.setattr("carv_attrib.pipeline.write_parts", lambda *_: told.append(caplog.text))
     featurize(dit_folder, digits_folder, tmp_path / "index", **SETTINGS)
-    assert f"`proj_dim` is {SETTINGS['proj_dim']}: the kernel will take three eigendecompositions" in told[0]
+    assert f"`block_dim` is {SETTINGS['proj_dim']}: the kernel will take eigendecompositions" in told[0]
 
 
 def test_a_text_conditional_teacher_needs_captions(tmp_path: Path, sd_folder: Path, digits_folder: Path) -> None:
@@ -483,7 +483,7 @@ def test_encoding_does_not_depend_on_how_many_are_encoded_together(dit_folder: P
 def test_the_pilot_finds_the_profile_of_gradient_norms(dit_folder: Path, digits_folder: Path) -> None:
     """Against norms of unprojected gradients: the DiT's proj_out_2 alone, at a rank that keeps everything."""
     teacher = load_teacher(dit_folder, device="cpu", dtype="float64")
-    settings = SETTINGS | {"layers": ["proj_out_2"], "rank": 64, "proj_dim": 10_000}
+    settings = SETTINGS | {"layers": ["proj_out_2"], "rank": 64, "proj_dim": 10_000, "block_dim": 10_000}
     estimator = build_estimator(teacher, FeaturizeConfig.from_flat(settings), 16, None)
     encoded = encoded_digits(estimator, digits_folder, 20)
     profile = measure_profile(estimator, encoded, [""] * 20)

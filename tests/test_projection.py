@@ -250,14 +250,14 @@ def test_dimensions_are_what_was_asked_for(kind: str) -> None:
 
 def test_kronecker_has_no_more_dimensions_than_its_blocks() -> None:
     cases = three_cases()
-    projector = build("kronecker", [c.layer for c in cases], proj_dim=1000)
+    projector = build("kronecker", [c.layer for c in cases], proj_dim=1000, block_dim=1000)
     assert projector.proj_dim == 3 * 2 * 2
     assert torch.equal(project(projector, cases), torch.cat([block(projector, c) for c in cases], dim=1))
 
 
 def test_kronecker_of_full_rank_is_the_gradient_itself() -> None:
     (case, *_) = three_cases()
-    projector = build("kronecker", [case.layer], proj_dim=1000, rank=100)
+    projector = build("kronecker", [case.layer], proj_dim=1000, rank=100, block_dim=1000)
     assert_same(project(projector, [case]), flat_gradients([case]))
 
 

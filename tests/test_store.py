@@ -307,7 +307,7 @@ def test_the_draws_of_format_3_are_not_read(store: FeatureStore) -> None:
 def test_another_format_is_refused(store: FeatureStore, version: int) -> None:
     file = store.path / "manifest.json"
     write_sealed(file, read_sealed(file) | {"format_version": version})
-    with pytest.raises(StoreError, match=f"has format version {version}, this program reads 3 and 4; featurize again"):
+    with pytest.raises(StoreError, match=f"has format version {version}, this program reads 3 to 5; featurize again"):
         FeatureStore.open(store.path)
 
 
