@@ -17,7 +17,7 @@ from make_lds_ground_truth import FOLDER, TASKS
 MAIN = [
     *(f"ours, {k} draws" for k in (1, 2, 4, 8, 16)),
     "ours, 16 draws, 8 bands",
-    "ours, 16 draws, 16 bands, 4096 dims",
+    "ours, 16 draws, 16 bands",
     "ours, 64 draws",
     *(f"TRAK, {k} draws" for k in (4, 16, 64)),
     *(f"D-TRAK, {k} draws" for k in (10, 100)),
@@ -26,7 +26,15 @@ MAIN = [
     "pixel cosine",
     "random",
 ]
-PARTS = ["ours, 16 draws", *(name for name in methods() if name.startswith("ours, 16 draws, "))]
+PARTS = [
+    "ours, 16 draws",
+    *(name for name in methods() if name.startswith("ours, 16 draws, ") and "blocks" not in name),
+]
+BLOCKS = [
+    name
+    for own in ("ours, 4 draws", "ours, 8 draws", "ours, 16 draws, 8 bands")
+    for name in (own, *(other for other in methods() if other.startswith(own) and "blocks" in other))
+]
 PROJECTION = [DEFAULT, *(name for name in methods() if name.startswith(DEFAULT) and ("dim" in name or "unp" in name))]
 
 
@@ -61,6 +69,7 @@ def main() -> None:
     kinds = {f"{task}: {kind}": found for task, queries in tasks.items() for kind, found in queries.items()}
     click.echo(table(kinds, MAIN, ["ceiling"]))
     click.echo(table(kinds, PARTS))
+    click.echo(table(kinds, BLOCKS))
     click.echo(table(kinds, PROJECTION))
     click.echo("\n".join(luck(kinds, word) for word in ("seed", "projection")))
 
