@@ -138,7 +138,7 @@ class Kernel:
         chosen = self.damping(damping)
         if not score.startswith("preconditioned"):
             return torch.ones_like(self.eigenvalues).flatten(1)
-        return 1 / (self.eigenvalues + chosen * self.eigenvalues.mean(-1, keepdim=True)).flatten(1)
+        return 1 / (self.eigenvalues + chosen * _means(self.eigenvalues)).flatten(1)
 
     def save(self, path: Path) -> None:
         """Write the kernel to a safetensors file, atomically."""
@@ -225,8 +225,8 @@ def _cross_validated(known: Float64[Tensor, "blocks size size"], other: Float64[
     """
     values, vectors = _eigh(known)
     moments = (vectors * (other @ vectors)).sum(1)[:, None]
-    damped = values[:, None] + DAMPINGS[:, None] * values.mean(1)[:, None, None]  # blocks, dampings, size
-    surprise = damped.log().mean(2) + (moments / damped).mean(2).log()
+    damped = values[:, None] + DAMPINGS[:, None] * _means(values)[:, None]  # blocks, dampings, size
+    surprise = damped.log().mean(2) + (moments / damped).mean(2).clamp(min=1e-300).log()
     return float(DAMPINGS[surprise.sum(0).argmin()])
 
 
@@ -245,6 +245,11 @@ def _eigh(matrices: Float64[Tensor, "*many size size"]) -> tuple[Float64[Tensor,
     finally:
         torch.set_num_threads(threads)
     return torch.stack(values).clamp(min=0).view(matrices.shape[:-1]), torch.stack(vectors).view(matrices.shape)
+
+
+def _means(eigenvalues: Float64[Tensor, "*blocks size"]) -> Float64[Tensor, "*blocks one"]:
+    """Return the mean eigenvalue of each block, and a trifle for layers that have no gradient."""
+    return eigenvalues.mean(-1, keepdim=True).clamp(min=1e-12 * float(eigenvalues.mean()))
 
 
 def _in_blocks(vectors: Float64[Tensor, "*vectors d"], size: int) -> Float64[Tensor, "*vectors blocks size"]:

@@ -413,3 +413,21 @@ def test_features_come_back_from_the_eigenbasis(store: FeatureStore) -> None:
     assert not torch.allclose(
         kernel.banded(features[:, [1, 0, 2]])[:, 0], kernel.banded(features)[:, 1]
     )  # each its own
+
+
+def test_layers_without_a_gradient_add_nothing(store: FeatureStore, draws: Tensor) -> None:
+    expected = fit_kernel(store)
+    for part in store.parts:
+        whole = store.read_part(part)
+        features = whole.features.clone()
+        features[..., :BLOCK] = 0
+        store.write_part(part, replace(whole, features=features), store.read_records(part))
+    kernel = fit_kernel(FeatureStore.open(store.path))
+    assert 0 < kernel.auto_damping < 10
+    query = draws[:4].view(-1, BANDS, 2, DIM).clone()
+    query[..., :BLOCK] = 0
+    scores = [
+        score_bands(k.banded(query), k.banded(query), k.inverse("preconditioned", 0.1)).scores
+        for k in (kernel, expected)
+    ]
+    torch.testing.assert_close(*scores)
