@@ -278,6 +278,7 @@ SETTINGS = {
     "num_draws": 4,
     "num_bands": 2,
     "proj_dim": 48,
+    "block_dim": 16,
     "rank": 3,
     "part_size": 8,
     "micro_batch": 16,

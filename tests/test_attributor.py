@@ -51,7 +51,7 @@ def test_a_training_example_asked_again_is_its_own_first_proponent(
         image, label = pictures[row]
         result = attributor.query(image, label=label, top_k=3, score="preconditioned-cosine")
         assert result.ids[0] == row
-        assert result.scores[0] == pytest.approx(1, abs=3e-3)
+        assert result.scores[0] == pytest.approx(1, abs=2e-2)  # the stored one is rounded
 
 
 def test_query_features_are_the_training_features_up_to_int8(

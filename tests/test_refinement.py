@@ -64,9 +64,11 @@ def test_refined_scores_are_those_of_all_draws_together(attributor: Attributor, 
     share, drawn = len(others) / len(store.ids), candidates + references
     known = moment(old[others]) * (new[drawn].square().sum() / old[drawn].square().sum())
     hessians = (1 - share) * moment(new[candidates]) + share * (known + moment(new[references])) / 2
-    damped = [x + 0.5 * torch.trace(x) / len(x) * torch.eye(len(x)).double() for x in hessians]
+    of_blocks = torch.block_diag(*[torch.ones(16, 16)] * 3)
+    means = hessians.diagonal(dim1=1, dim2=2).view(2, 3, 16).mean(2).repeat_interleave(16, 1)
+    damped = hessians * of_blocks + 0.5 * torch.diag_embed(means)
     expected = torch.stack([q[0, b] @ torch.linalg.solve(damped[b], t[candidates, b].T) for b in range(2)]).mean(0)
-    np.testing.assert_allclose(refined.scores, expected, rtol=1e-3)  # draws of references are kept in int8
+    np.testing.assert_allclose(refined.scores, expected, rtol=2e-3)  # draws of references are kept in int8
 
 
 @pytest.mark.parametrize("rounds", [1, 3])
@@ -79,7 +81,7 @@ def test_refined_errors_are_those_of_two_halves(
     refined = attributor.query(picture, label=1, top_k=20, refine=20, max_draws=4 + 4 * rounds, damping=0.5)
     both = all_rounds(attributor, picture, rounds)
     query, train = (torch.cat([sum(x[half::2]) for half in range(2)], dim=2) * 2 / len(x) for x in both)
-    kernel = kernel_of(train, train.shape[-1])
+    kernel = kernel_of(train, 16)
     inverse = kernel.inverse("preconditioned", 0.5)
     expected = score_bands(kernel.banded(query), kernel.banded(train), inverse).select(refined.ids)
     np.testing.assert_allclose(refined.scores, expected.scores[0], rtol=1e-4)
