@@ -33,7 +33,9 @@ DEFAULT_DAMPING = 0.1
 POOLED = 0.5
 """Share of a band's matrix that is the mean of all bands': which keeps it from fitting too few vectors."""
 DAMPINGS = torch.logspace(-5, 1, 121, dtype=torch.float64)
-"""That `auto` chooses among, before it is halved."""
+"""That `auto` chooses among, before it is halved and adapted to the number of bands."""
+_ENOUGH_BANDS = 4
+"""With fewer bands, `auto` damping is larger."""
 _SIDE_BY_SIDE = 2048
 """Dimensions of a block up to which as many are decomposed at once as there are threads: beyond, they take memory."""
 
@@ -182,7 +184,7 @@ def fit_kernel(store: FeatureStore, kind: KernelKind = "bands") -> Kernel:
         num_vectors += vectors.shape[0] * vectors.shape[2]
     if num_vectors == 0:
         raise StoreError(f"{store.path} holds no features yet; run featurize first.")
-    auto_damping = DEFAULT_DAMPING if _has_one_draw(store) else choose_damping(shared_out)
+    auto_damping = DEFAULT_DAMPING if _has_one_draw(store) else choose_damping(shared_out, len(sums))
     return decompose(_pooled(sums), num_vectors, kind, auto_damping)
 
 
@@ -202,12 +204,13 @@ def decompose(
     return Kernel(kind, values, vectors, num_vectors, auto_damping)
 
 
-def choose_damping(sums: Sequence[Sequence[Float64[Tensor, "blocks size size"]]]) -> float:
+def choose_damping(sums: Sequence[Sequence[Float64[Tensor, "blocks size size"]]], num_bands: int) -> float:
     """Return the damping, relative to the mean eigenvalue, by cross-validation over draws and examples (eq. (9')).
 
     Args:
         sums: of outer products of one half of the examples and of the other, each of one half of the draws and of the
             other.
+        num_bands: of whose scores the mean is taken.
     """
     of_draws = [first + second for first, second in zip(*sums, strict=True)]
     of_examples = [first + second for first, second in sums]
@@ -215,7 +218,8 @@ def choose_damping(sums: Sequence[Sequence[Float64[Tensor, "blocks size size"]]]
     if all(half.any() for half in of_examples):  # a few examples may all be in one half
         pairs += [of_examples, of_examples[::-1]]
     found = [_cross_validated(*pair) for pair in pairs]
-    return math.prod(found) ** (1 / len(found)) / 2  # H has twice the vectors of a half
+    chosen: float = math.prod(found) ** (1 / len(found)) / 2  # H has twice the vectors of a half
+    return chosen * max(1.0, _ENOUGH_BANDS / num_bands) ** 2
 
 
 def _cross_validated(known: Float64[Tensor, "blocks size size"], other: Float64[Tensor, "blocks size size"]) -> float:

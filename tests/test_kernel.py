@@ -332,7 +332,8 @@ def test_automatic_damping_is_that_of_equation_9_prime(store: FeatureStore, draw
     for halves in (by_draws, by_draws[::-1], by_examples, by_examples[::-1]):
         found.append(float(DAMPINGS[np.argmin([surprise(x, *halves) for x in DAMPINGS.tolist()])]))
     kernel = fit_kernel(store, kind)
-    assert kernel.auto_damping == pytest.approx(np.prod(found) ** 0.25 / 2, rel=1e-9)
+    num_bands = {"bands": BANDS, "means": 1}[kind]
+    assert kernel.auto_damping == pytest.approx(np.prod(found) ** 0.25 / 2 * (4 / num_bands) ** 2, rel=1e-9)
     torch.testing.assert_close(
         kernel.inverse("preconditioned", "auto"), kernel.inverse("preconditioned", kernel.auto_damping)
     )
@@ -375,22 +376,29 @@ def test_automatic_damping_falls_with_the_number_of_draws(num_draws: int) -> Non
 
     def chosen(draws: int) -> float:
         halves = [[moment(draws) for _ in range(2)] for _ in range(2)]
-        return choose_damping(halves)
+        return choose_damping(halves, num_bands=4)
 
     assert chosen(4 * num_draws) < chosen(num_draws)
 
 
 def test_automatic_damping_is_positive_and_finite() -> None:
     singular = torch.diag(torch.tensor([1.0, 0.0]).double())[None]
-    assert choose_damping([[singular, singular], [singular, singular]]) == pytest.approx(1e-5 / 2)
+    assert choose_damping([[singular, singular], [singular, singular]], num_bands=4) == pytest.approx(1e-5 / 2)
     other = torch.diag(torch.tensor([1.0, 1e-9]).double())[None]
-    assert choose_damping([[torch.eye(2).double()[None], other], [other, other]]) <= 5
+    assert choose_damping([[torch.eye(2).double()[None], other], [other, other]], num_bands=4) <= 5
 
 
 def test_automatic_damping_goes_by_draws_alone_where_all_examples_are_in_one_half() -> None:
     halves = [torch.diag(torch.tensor(values).double())[None] for values in ([1.0, 0.1], [1.0, 0.2])]
     none = torch.zeros(1, 2, 2).double()
-    assert choose_damping([halves, [none, none]]) == choose_damping([[none, none], halves])
+    assert choose_damping([halves, [none, none]], 4) == choose_damping([[none, none], halves], 4)
+
+
+def test_automatic_damping_is_larger_for_fewer_than_four_bands() -> None:
+    halves = [torch.diag(torch.tensor(values).double())[None] for values in ([1.0, 0.1], [1.0, 0.2])]
+    usual = choose_damping([halves, halves], num_bands=4)
+    found = [choose_damping([halves, halves], num_bands=n) / usual for n in (1, 2, 4, 16)]
+    assert found == pytest.approx([16, 4, 1, 1])
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
