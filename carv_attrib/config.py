@@ -196,7 +196,7 @@ class StorageConfig:
 
     Attributes:
         part_size: examples in one part, the unit that is committed at once; a kill loses two at most.
-        feature_dtype: of stored features; int8 and float16 have a float32 scale for each vector.
+        feature_dtype: of stored features; float16 has a float32 scale for each vector, int8 for every 64 numbers of it.
         dtype: of the teacher's weights and activations.
         autocast: matrix products of the denoiser in bfloat16, all else in `dtype`, which must be float32.
     """

@@ -23,6 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
+from carv_attrib.parts import GROUP
+
 SHARE_OF_STEP = 0.8
 """Of a plain training step: what a draw costs (`docs/benchmarks.md`, 3.9M UNet and 6.1M DiT, both at most 0.83)."""
 
@@ -56,7 +58,7 @@ def counted() -> dict[str, float]:
 @click.option("--examples", default=2e9, show_default=True)
 @click.option("--num-draws", default=8, show_default=True)
 @click.option("--num-bands", default=4, show_default=True)
-@click.option("--proj-dim", default=2048, show_default=True)
+@click.option("--proj-dim", default=4096, show_default=True)
 @click.option("--flops", default=4e14, show_default=True, help="Useful operations a second of a GPU.")
 @click.option("--gpu-hour", default=2.5, show_default=True, help="Price, in dollars.")
 @click.option("--terabyte-month", default=20.0, show_default=True, help="Price, in dollars.")
@@ -70,7 +72,7 @@ def main(output: Path, **given: Any) -> None:
     hours = {name: examples * work / rate / 3600 for name, work in (("encode", found["encoding"]), ("draws", draws))}
     dims = given["num_bands"] * given["proj_dim"]
     terabytes = {
-        "features": examples * (2 * dims * 2 + 4 * 2 * given["num_bands"] + 16) / 1e12,  # two halves, in float16
+        "features": examples * (2 * dims * (1 + 4 / GROUP) + 16) / 1e12,  # two halves, in int8
         "search index (4 bits for 4 dimensions)": examples * (dims / 8 + 9) / 1e12,
         "latents, if kept": examples * 4 * 64 * 64 * 4 / 1e12,
     }

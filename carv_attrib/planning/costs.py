@@ -18,6 +18,7 @@ import torch
 from carv_attrib.config import FeaturizeConfig
 from carv_attrib.errors import ArgumentError
 from carv_attrib.estimator import PILOT_DRAWS, PILOT_EXAMPLES
+from carv_attrib.parts import GROUP
 from carv_attrib.variance import Measured
 
 _SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0}
@@ -155,7 +156,9 @@ class CostModel:
     def disk_bytes(self, config: FeaturizeConfig) -> int:
         """Return the bytes of features, records, kernel and search index; headers are left out."""
         estimator, d = config.estimator, self.proj_dim
-        width = {"int8": d + 4, "float16": 2 * d + 4, "float32": 4 * d}[config.storage.feature_dtype]
+        width = {"int8": d + 4 * math.ceil(d / GROUP), "float16": 2 * d + 4, "float32": 4 * d}[
+            config.storage.feature_dtype
+        ]
         vectors = self.num_examples * estimator.num_bands * estimator.num_replicates
         records = self.num_examples * (self.units.record_bytes + 8)
         index = 4 * self.num_examples * estimator.num_bands * d + 8 * self._kernel_entries(config)
