@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from carv_attrib.config import FeatureDtype
-from carv_attrib.errors import StoreCorruptError
+from carv_attrib.errors import StoreCorruptError, StoreError
 from carv_attrib.files import atomic_file
 
 GROUP = 64
@@ -138,6 +139,35 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a tensor in a file.
+
+    Attributes:
+        offset: of the first, in bytes.
+        stride: from one to the next, in bytes; 0 where all are one.
+        shape: of a row.
+        dtype: of its numbers.
+    """
+
+    offset: int
+    stride: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    def read(self, file: int, rows: Int64[np.ndarray, " rows"]) -> np.ndarray:
+        """Return some of them, of an open file.
+
+        Raises:
+            EOFError: if it is too short.
+        """
+        values = np.empty((len(rows), *self.shape), self.dtype)
+        for row, own in zip(rows.tolist(), values, strict=True):
+            if os.preadv(file, [own], self.offset + row * self.stride) < own.nbytes:
+                raise EOFError("it is too short")
+        return values
+
+
 class PartRows:
     """Reads rows of a features file.
 
@@ -145,13 +175,10 @@ class PartRows:
     """
 
     def __init__(self, path: Path, file: Any, ids: Int64[np.ndarray, " examples"]) -> None:
-        features = file.get_slice("features")
         self._path, self._ids = path, ids
-        self._shape = features.get_shape()[1:]
-        self._dtype = {"I8": np.int8, "F16": np.float16, "F32": np.float32}[features.get_dtype()]
-        self._offset = _data_offset(path, "features")
-        # copies, since a tensor of safetensors keeps the file mapped
-        self._scale = _scale_of_rows(file.get_tensor("features_scale").clone(), features.get_shape()).numpy()
+        self._inode = path.stat().st_ino
+        self._features, self._scale = (_rows(path, file, name) for name in ("features", "features_scale"))
+        # a copy, since a tensor of safetensors keeps the file mapped
         has_checksums = "row_crc32" in file.keys()
         self._row_crc32 = (
             file.get_tensor("row_crc32").clone().numpy() if has_checksums else np.full(len(ids), _NO_CHECKSUM)
@@ -161,29 +188,36 @@ class PartRows:
         """Return the features of rows, after a check of their checksums.
 
         Raises:
-            StoreCorruptError: if the file is gone or damaged.
+            StoreError: if the file is another than was opened.
+            StoreCorruptError: if it is gone or damaged.
         """
-        values = np.empty((len(rows), *self._shape), self._dtype)
-        size = values[:1].nbytes
         try:
             with self._path.open("rb", buffering=0) as file:
-                lengths = [
-                    os.preadv(file.fileno(), [own], self._offset + row * size)
-                    for row, own in zip(rows.tolist(), values, strict=True)
-                ]
+                if os.fstat(file.fileno()).st_ino != self._inode:
+                    raise StoreError(f"{self._path} was changed after it was opened; open the index again.")
+                values, scale = (own.read(file.fileno(), rows) for own in (self._features, self._scale))
         except OSError as err:
             raise StoreCorruptError(f"{self._path} cannot be read: {err}; if it is gone, featurize again.") from err
-        if min(lengths) < size:
-            raise StoreCorruptError(f"{self._path} is damaged: it is too short; delete it, featurize again.")
-        scale, expected = self._scale[rows], self._row_crc32[rows]
+        except EOFError as err:
+            raise StoreCorruptError(f"{self._path} is damaged: {err}; delete it, featurize again.") from err
+        expected = self._row_crc32[rows]
         if ((expected != _NO_CHECKSUM) & (expected != _row_checksums(self._ids[rows], values, scale))).any():
             raise StoreCorruptError(
                 f"{self._path} is damaged: the checksum of an example does not match; delete it, featurize again."
             )
         features: Float32[np.ndarray, "rows bands replicates proj_dim"] = values.astype(np.float32) * _spread(
-            scale, self._shape[-1]
+            scale, self._features.shape[-1]
         )
         return features
+
+
+def _rows(path: Path, file: Any, name: str) -> _Rows:
+    """Return where the rows of a tensor of an open features file are; a number stands for all."""
+    content = file.get_slice(name)
+    shape = content.get_shape()
+    dtype = np.dtype({"I8": "int8", "F16": "float16", "F32": "float32"}[content.get_dtype()])
+    size = math.prod(shape[1:]) * dtype.itemsize if shape else 0
+    return _Rows(_data_offset(path, name), size, tuple(shape[1:]) if shape else (1, 1, 1), dtype)
 
 
 def _check_tensors(path: Path, file: Any, feature_shape: Sequence[int]) -> None:
