@@ -4,7 +4,7 @@ Command:  python scripts/bench_query.py
 Hardware: 2 CPU cores, about 3 minutes
 Writes:   docs/benchmarks/query.json and the tables that it prints
 
-The digits are featurized into a temporary folder with the packaged teacher at the defaults (8 draws, 4 bands, 2,048
+The digits are featurized into a temporary folder with the packaged teacher at the defaults (8 draws, 4 bands, 4,096
 dimensions). Queries are digits that the teacher generated, with their labels. Medians and quartiles over repetitions:
 
 - one query: `Attributor.query`, from a picture to ten matches with standard errors, records and thumbnails.

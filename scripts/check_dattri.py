@@ -9,7 +9,7 @@ and its `regularization`: TRAK as `trak` has it, with other random numbers in th
 the gradient. It is compared for the loss averaged over 4 draws of each example's own, both teachers of the LDS
 benchmark; attention is by PyTorch's plain kernel, since `vmap` has no rule for the others. In each round dattri, `trak`
 and `featurize`'s own code are timed one after the other on the same new examples: gradients of dattri and trak, and of
-ours the projected features, with the default 2,048 dimensions.
+ours the projected features, with the default dimensions.
 """
 
 from __future__ import annotations
