@@ -29,7 +29,7 @@ from carv_attrib.scores import BandScores, join, mean
 from carv_attrib.store import FeatureStore
 from carv_attrib.teacher import Teacher
 
-_BANDS_AT_ONCE = 256  # of queries; errors take half a megabyte of each
+_BANDS_AT_ONCE = 128  # of queries; errors take two megabytes of each
 
 ImageLike = str | Path | Image.Image
 TeacherLike = Teacher | str | Path

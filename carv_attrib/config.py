@@ -140,8 +140,8 @@ class ProjectionConfig:
     Attributes:
         projection: kind of random projection.
         proj_dim: dimensions of one feature.
-        block_dim: dimensions of a block, all of them if there are fewer. Layers are dealt out to the blocks, each of
-            which is preconditioned alone.
+        block_dim: dimensions of a block, all of them if there are fewer. With the Kronecker projection, layers are
+            dealt out to the blocks, each of which is preconditioned alone.
         rank: Kronecker rank on each side of a layer.
         layers: name patterns (`fnmatch`) of the attributed layers; empty means every Linear and Conv2d.
     """
@@ -156,10 +156,10 @@ class ProjectionConfig:
         check_choice("projection", self.projection, ProjectionKind)
         check_at_least("proj_dim", self.proj_dim, 1)
         check_at_least("block_dim", self.block_dim, 1)
-        if self.proj_dim > self.block_dim and self.proj_dim % self.block_dim:
+        if self.proj_dim % self.block_size(self.proj_dim):
             raise ArgumentError(
                 f"`proj_dim` must be a multiple of `block_dim` (={self.block_dim}), or less, got {self.proj_dim}; "
-                f"use {self.proj_dim - self.proj_dim % self.block_dim}."
+                f"use {self.proj_dim - self.proj_dim % self.block_dim}, or another `block_dim`."
             )
         check_at_least("rank", self.rank, 1)
         if isinstance(self.layers, str) or not all(isinstance(pattern, str) for pattern in self.layers):
@@ -167,8 +167,8 @@ class ProjectionConfig:
         object.__setattr__(self, "layers", tuple(self.layers))
 
     def block_size(self, proj_dim: int) -> int:
-        """Return the dimensions of each block of features that have so many."""
-        return min(self.block_dim, proj_dim)
+        """Return the dimensions of each block of features that have so many; dense projections have one block."""
+        return min(self.block_dim, proj_dim) if self.projection == "kronecker" else proj_dim
 
 
 @dataclass(frozen=True)

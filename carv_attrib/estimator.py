@@ -323,17 +323,18 @@ def _measure_products(
     check_finite(vectors, keys)
     if estimator.config.weighting == "balanced":
         vectors = vectors / profile.at_every_timestep(num_timesteps)[draws.timesteps[0], None]
-    at, products = binned_rms(draws.timesteps[0], mean_square_products(vectors))
+    at, products = binned_rms(draws.timesteps[0], mean_square_products(vectors, estimator.projector.block_dim))
     return tuple(_log_linear(at, products, profile.timesteps).tolist())
 
 
-def mean_square_products(vectors: Float64[Tensor, "examples draws dims"]) -> Float[Tensor, " draws"]:
+def mean_square_products(vectors: Float64[Tensor, "examples draws dims"], block_dim: int) -> Float[Tensor, " draws"]:
     """Return, at each draw, the mean over pairs of different examples of the square of `g_i^T (H + lambda I)^{-1} g_j`.
 
-    H is the mean outer product of the vectors. Where scores are products draw by draw, the square root of this
-    makes the proposal of least variance for them; where bands are, it allocates draws to the bands that vary most.
+    H is the mean outer product of the vectors, in blocks of `block_dim` coordinates. Where scores are products draw by
+    draw, the square root of this makes the proposal of least variance for them; where bands are, it allocates draws to
+    the bands that vary most.
     """
-    kernel = kernel_of(vectors[:, None], vectors.shape[-1])
+    kernel = kernel_of(vectors[:, None], block_dim)
     inverse = kernel.inverse("preconditioned", DEFAULT_DAMPING)
     whitened = (kernel.banded(vectors[:, None])[:, 0] * inverse.sqrt()).transpose(0, 1)
     squares = (whitened @ whitened.transpose(1, 2)).square()

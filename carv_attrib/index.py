@@ -19,11 +19,12 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Float64, Int64
+from safetensors import SafetensorError
 from torch import Tensor
 
 from carv_attrib.errors import ArgumentError, StoreCorruptError, StoreError
 from carv_attrib.files import atomic_file, file_digest, read_sealed, write_sealed
-from carv_attrib.kernel import Damping, Kernel, KernelKind, ScoreKind
+from carv_attrib.kernel import Damping, Kernel, KernelKind, ScoreKind, is_of_older_version
 from carv_attrib.seeding import choose_positions, stream_key
 from carv_attrib.store import FeatureStore
 
@@ -395,9 +396,11 @@ def read_index_settings(store: FeatureStore, *, read_all: bool = False) -> Index
                 )
             if (read_all or file.name == KERNEL_FILE) and file_digest(file) != checksums[file.name]:
                 raise StoreCorruptError(f"{file} is damaged: its checksum does not match; {way_out}.")
+        if is_of_older_version(files[0]):
+            raise StoreError(f"the index in {store.path} has a kernel of an older version; {way_out}.")
     except KeyError as err:
         raise StoreCorruptError(f"{path} has no {err}: it is damaged or of an older version; {way_out}.") from err
-    except (OSError, ValueError, TypeError) as err:
+    except (OSError, SafetensorError, ValueError, TypeError) as err:
         raise StoreCorruptError(f"{path} is damaged: {err}; {way_out}.") from err
     if settings.features_sha256 != store.digest():
         raise StoreError(f"the index in {store.path} is of other features; {way_out}.")

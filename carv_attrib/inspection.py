@@ -11,7 +11,7 @@ from carv_attrib.config import check_at_least
 from carv_attrib.ensemble import member_folders
 from carv_attrib.errors import CarvError
 from carv_attrib.index import KERNEL_FILE, read_index_settings
-from carv_attrib.kernel import load_kernel
+from carv_attrib.kernel import is_of_older_version, load_kernel
 from carv_attrib.records import label_name
 from carv_attrib.store import FeatureStore
 
@@ -59,8 +59,11 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "micro_batch": manifest["micro_batch"],
         "versions": manifest["versions"],
     }
-    if (store.path / KERNEL_FILE).is_file():
-        kernel = load_kernel(store.path / KERNEL_FILE)
+    file = store.path / KERNEL_FILE
+    if file.is_file() and is_of_older_version(file):
+        facts["kernel"] = "of an older version; run `carv-attrib index`"
+    elif file.is_file():
+        kernel = load_kernel(file)
         bands = kernel.eigenvalues.flatten(1)
         values = bands.mean(0).sort(descending=True).values
         facts["kernel"] = f"{kernel.kind}, mean of {kernel.num_vectors} vectors"

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float, Float64
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -36,8 +36,8 @@ DAMPINGS = torch.logspace(-5, 1, 121, dtype=torch.float64)
 """That `auto` chooses among, before it is halved and adapted to the number of bands."""
 _ENOUGH_BANDS = 4
 """With fewer bands, `auto` damping is larger."""
-_SIDE_BY_SIDE = 2048
-"""Dimensions of a block up to which as many are decomposed at once as there are threads: beyond, they take memory."""
+_AT_ONCE = 2**28
+"""Bytes of the matrices that are decomposed at once, by as many threads as there are."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Kernel:
         chosen = self.damping(damping)
         if not score.startswith("preconditioned"):
             return torch.ones_like(self.eigenvalues).flatten(1)
-        return 1 / (self.eigenvalues + chosen * _means(self.eigenvalues)).flatten(1)
+        return 1 / (self.eigenvalues + chosen * _mean_eigenvalues(self.eigenvalues)).flatten(1)
 
     def save(self, path: Path) -> None:
         """Write the kernel to a safetensors file, atomically."""
@@ -168,7 +168,7 @@ def fit_kernel(store: FeatureStore, kind: KernelKind = "bands") -> Kernel:
         )
     size = config.projection.block_size(store.manifest["proj_dim"])
     sums: Tensor = torch.zeros(())
-    shared_out: list[list[Tensor]] = [[torch.zeros(())] * 2, [torch.zeros(())] * 2]  # halves of examples, of draws
+    of_halves: list[list[Tensor]] = [[torch.zeros(())] * 2, [torch.zeros(())] * 2]  # halves of examples, of draws
     num_vectors = 0
     for part in store.read_parts():
         vectors = part.features.double()
@@ -178,13 +178,13 @@ def fit_kernel(store: FeatureStore, kind: KernelKind = "bands") -> Kernel:
             halves = [half.mean(1, keepdim=True) for half in halves]
         sums = sums + outer_sums(vectors, size)
         of_half = random_bits(stream_key(0, "halves"), part.ids) & 1
-        for half, of_examples in enumerate(shared_out):
+        for half, of_examples in enumerate(of_halves):
             for number, own in enumerate(halves):
                 of_examples[number] = of_examples[number] + outer_sums(own[of_half == half][:, None], size)[0]
         num_vectors += vectors.shape[0] * vectors.shape[2]
     if num_vectors == 0:
         raise StoreError(f"{store.path} holds no features yet; run featurize first.")
-    auto_damping = DEFAULT_DAMPING if _has_one_draw(store) else choose_damping(shared_out, len(sums))
+    auto_damping = DEFAULT_DAMPING if _has_one_draw(store) else choose_damping(of_halves, len(sums))
     return decompose(_pooled(sums), num_vectors, kind, auto_damping)
 
 
@@ -229,9 +229,10 @@ def _cross_validated(known: Float64[Tensor, "blocks size size"], other: Float64[
     """
     values, vectors = _eigh(known)
     moments = (vectors * (other @ vectors)).sum(1)[:, None]
-    damped = values[:, None] + DAMPINGS[:, None] * _means(values)[:, None]  # blocks, dampings, size
-    surprise = damped.log().mean(2) + (moments / damped).mean(2).clamp(min=1e-300).log()
-    return float(DAMPINGS[surprise.sum(0).argmin()])
+    damped = values[:, None] + DAMPINGS[:, None] * _mean_eigenvalues(values)[:, None]  # blocks, dampings, size
+    surprise = damped.log().mean(2) + (moments / damped).mean(2).log()
+    has_gradient = moments.sum((1, 2)) > 0  # the others would ask for as little as there is
+    return float(DAMPINGS[surprise[has_gradient].sum(0).argmin()])
 
 
 def _eigh(matrices: Float64[Tensor, "*many size size"]) -> tuple[Float64[Tensor, "*many size"], Tensor]:
@@ -240,19 +241,20 @@ def _eigh(matrices: Float64[Tensor, "*many size size"]) -> tuple[Float64[Tensor,
     Each in one thread: the last bits of an eigenvector depend on how many there are.
     """
     flat = matrices.flatten(0, -3)
+    values, vectors = flat.new_empty(flat.shape[:-1]), torch.empty_like(flat)
     threads = torch.get_num_threads()
-    at_once = threads if matrices.shape[-1] <= _SIDE_BY_SIDE else 0
     torch.set_num_threads(1)
     try:
-        with closing(in_order(torch.linalg.eigh, flat, at_once)) as found:
-            values, vectors = zip(*found, strict=True)
+        with closing(in_order(torch.linalg.eigh, flat, min(threads, _AT_ONCE // (flat[0].nbytes)))) as found:
+            for number, (own_values, own_vectors) in enumerate(found):
+                values[number], vectors[number] = own_values.clamp(min=0), own_vectors
     finally:
         torch.set_num_threads(threads)
-    return torch.stack(values).clamp(min=0).view(matrices.shape[:-1]), torch.stack(vectors).view(matrices.shape)
+    return values.view(matrices.shape[:-1]), vectors.view(matrices.shape)
 
 
-def _means(eigenvalues: Float64[Tensor, "*blocks size"]) -> Float64[Tensor, "*blocks one"]:
-    """Return the mean eigenvalue of each block, and a trifle for layers that have no gradient."""
+def _mean_eigenvalues(eigenvalues: Float64[Tensor, "*blocks size"]) -> Float64[Tensor, "*blocks one"]:
+    """Return the mean of each block, and a trifle for layers that have no gradient."""
     return eigenvalues.mean(-1, keepdim=True).clamp(min=1e-12 * float(eigenvalues.mean()))
 
 
@@ -279,8 +281,9 @@ def outer_sums(
 
 
 def _pooled(sums: Float64[Tensor, "bands blocks size size"]) -> Float64[Tensor, "bands blocks size size"]:
-    """Return the sums of each band with a share of the mean of all bands in them."""
-    return (1 - POOLED) * sums + POOLED * sums.mean(0)
+    """Return the sums of each band with a share of the mean of all bands in them, in place."""
+    mean = sums.mean(0)
+    return sums.mul_(1 - POOLED).add_(mean, alpha=POOLED)
 
 
 def _has_one_draw(store: FeatureStore) -> bool:
@@ -288,22 +291,27 @@ def _has_one_draw(store: FeatureStore) -> bool:
     return int(store.manifest["config"]["num_bands"]) * int(store.manifest["num_replicates"]) == 1
 
 
+def is_of_older_version(path: Path) -> bool:
+    """Return whether a kernel file is of one matrix for all bands.
+
+    Raises:
+        OSError, SafetensorError: if it cannot be read.
+    """
+    with safe_open(path, framework="pt") as file:
+        return "eigenvectors" in file.keys() and len(file.get_slice("eigenvectors").get_shape()) == 2
+
+
 def load_kernel(path: Path) -> Kernel:
     """Return the kernel that `Kernel.save` wrote.
 
     Raises:
-        StoreError: if an older version wrote it.
         StoreCorruptError: if the file is damaged.
     """
-    from safetensors import safe_open
-
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["kernel"])
         tensors = load_file(path)
         values, vectors = tensors["eigenvalues"], tensors["eigenvectors"]
-        if vectors.dim() == 2:
-            raise StoreError(f"{path} is of an older version; run `carv-attrib index`.")
         if vectors.shape != (*values.shape, values.shape[-1]) or {values.dtype, vectors.dtype} != {torch.float64}:
             raise ValueError(f"eigenvectors of shape {list(vectors.shape)}, in {vectors.dtype}")
         if not (values.isfinite().all() and vectors.isfinite().all()):

@@ -28,8 +28,8 @@ from carv_attrib.seeding import choose_positions, stream_key
 from carv_attrib.store import FeatureStore
 from carv_attrib.teacher import Teacher, placement
 
-LARGE_BLOCK = 8192
-"""Dimensions of a block beyond which the kernel takes minutes and gigabytes."""
+LARGE_KERNEL = 2 * 10**9
+"""Bytes beyond which a warning says what the kernel takes."""
 _log = logging.getLogger(__name__)
 
 
@@ -60,13 +60,14 @@ def open_or_create(
     micro_batch = choose_micro_batch(teacher, config)
     profile = run_pilot(teacher, examples, config, micro_batch) if needs_pilot(config) else None
     estimator = build_estimator(teacher, config, micro_batch, profile)
-    if (size := config.projection.block_size(estimator.projector.proj_dim)) > LARGE_BLOCK:
+    num_bands, projector = config.estimator.num_bands, estimator.projector
+    if (size := 8 * num_bands * projector.proj_dim * projector.block_dim) > LARGE_KERNEL:
         _log.warning(
-            "`block_dim` is %d: the kernel will take eigendecompositions of that size, each %d times as long as "
-            "at 2,048, and %.0f GB or more; smaller blocks take less.",
-            size,
-            (size / 2048) ** 3,
-            5 * 8 * size**2 / 1e9,
+            "the kernel will take %.1f GB of disk, four times that of memory, and %d eigendecompositions of %s "
+            "dimensions; smaller blocks (`block_dim`) and fewer bands (`num_bands`) take less.",
+            size / 1e9,
+            num_bands * projector.proj_dim // projector.block_dim,
+            f"{projector.block_dim:,}",
         )
     manifest = {
         **identity,

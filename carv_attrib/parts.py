@@ -53,8 +53,8 @@ class PartFeatures:
             values = (values / scale).half()
         elif dtype == "int8":
             num_dims = values.shape[-1]
-            groups = torch.nn.functional.pad(values, (0, -num_dims % GROUP))
-            scale = _largest(groups.view(*values.shape[:-1], -1, GROUP)).squeeze(-1) / 127
+            padded = torch.nn.functional.pad(values, (0, -num_dims % GROUP))
+            scale = _largest(padded.view(*values.shape[:-1], -(-num_dims // GROUP), GROUP)).squeeze(-1) / 127
             values = (values / torch.from_numpy(_spread(scale.numpy(), num_dims))).round().to(torch.int8)
         return {"ids": self.ids, "features": values, "features_scale": scale}
 
@@ -260,7 +260,7 @@ def _data_offset(path: Path, name: str) -> int:
 def _largest(values: Float[Tensor, "*shape dim"]) -> Float[Tensor, "*shape one"]:
     """Return the largest magnitude of each vector in float32; one of a vector of zeros."""
     largest = values.abs().amax(-1, keepdim=True).float()
-    return torch.where(largest > 0, largest, 1.0)
+    return torch.where(largest == 0, 1.0, largest)  # NaN stays NaN
 
 
 def _spread(scale: Float32[np.ndarray, "..."], num_dims: int) -> Float32[np.ndarray, "..."]:

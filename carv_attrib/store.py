@@ -114,7 +114,7 @@ class FeatureStore:
         if version == 3:  # it also has draws of some examples, for a kernel; they are not read
             manifest["config"].pop("kernel_examples", None)
         if version in (3, 4):
-            manifest["config"].setdefault("block_dim", manifest["proj_dim"])
+            manifest["config"].setdefault("block_dim", manifest["config"].get("proj_dim", manifest["proj_dim"]))
         elif version != FORMAT_VERSION:
             raise StoreError(
                 f"{path} has format version {version}, this program reads 3 to {FORMAT_VERSION}; featurize again."

@@ -143,7 +143,7 @@ class Bench:
         pilot = self.rows(slice(NUM_EXAMPLES, NUM_EXAMPLES + 32))
         draws = sample_draws(uniform_proposal(NUM_TIMESTEPS), self.teacher.latent_shape, num_draws=64, purpose="score")
         vectors = self.of_kind(kind, self.gradients(pilot, draws), draws.expand(32)).double()
-        profile = GradientProfile(*binned_rms(draws.timesteps[0], mean_square_products(vectors)))
+        profile = GradientProfile(*binned_rms(draws.timesteps[0], mean_square_products(vectors, vectors.shape[-1])))
         return profile.at_every_timestep(NUM_TIMESTEPS)
 
 
@@ -471,7 +471,10 @@ def measure_projection(bench: Bench) -> dict[str, Any]:
     """Return tr Cov after projection over that before, and variances of unit-band scores over draws and projections."""
     digits, shape = bench.rows(slice(0, 4)), bench.teacher.latent_shape
     exact = build_estimator(
-        bench.teacher, FeaturizeConfig.from_flat({"weighting": "uniform", "rank": 10**6, "proj_dim": 10**8}), 16, None
+        bench.teacher,
+        FeaturizeConfig.from_flat({"weighting": "uniform", "rank": 10**6, "proj_dim": 10**8, "block_dim": 10**8}),
+        16,
+        None,
     )
     draws = draws_of("iid", uniform_proposal(NUM_TIMESTEPS), shape, 32, 0, range(4))
     whole = RunningVariance()

@@ -66,7 +66,7 @@ class Unprojected:
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self._layers = layers
-        self.proj_dim = sum(layer.num_weights for layer in layers)
+        self.proj_dim = self.block_dim = sum(layer.num_weights for layer in layers)
 
     @property
     def families(self) -> Tensor:

@@ -320,6 +320,16 @@ def tiny_index(tmp_path_factory: pytest.TempPathFactory, dit_folder: Path, digit
     return path
 
 
+@pytest.fixture(scope="session")
+def unrounded_index(tmp_path_factory: pytest.TempPathFactory, dit_folder: Path, digits_folder: Path) -> Path:
+    """Return the same with features that are stored as they were computed."""
+    from carv_attrib import featurize
+
+    path = tmp_path_factory.mktemp("index") / "index"
+    featurize(dit_folder, digits_folder, path, **SETTINGS, feature_dtype="float32")
+    return path
+
+
 @pytest.fixture
 def copied_index(tmp_path: Path, tiny_index: Path) -> Path:
     """Return a copy of `tiny_index` that may be changed."""

@@ -226,12 +226,14 @@ def test_a_teacher_in_pixel_space_can_flip_its_pictures(linear_teacher: TinyTeac
 
 def test_mean_square_products_are_those_of_pairs_at_the_same_draw() -> None:
     vectors = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    kernel = torch.einsum("ikd,ike->de", vectors, vectors) / 12
-    inverse = torch.linalg.inv(kernel + 0.1 * kernel.trace() / 6 * torch.eye(6))
+    blocks = torch.block_diag(torch.ones(3, 3), torch.ones(3, 3))
+    kernel = torch.einsum("ikd,ike->de", vectors, vectors) / 12 * blocks
+    means = kernel.diagonal().view(2, 3).mean(1).repeat_interleave(3)
+    inverse = torch.linalg.inv(kernel + 0.1 * means.diag())
     for k in range(3):
         products = [float(vectors[i, k] @ inverse @ vectors[j, k]) for i in range(4) for j in range(4) if i != j]
         expected = sum(p**2 for p in products) / 12
-        assert float(mean_square_products(vectors)[k]) == pytest.approx(expected, rel=1e-6)
+        assert float(mean_square_products(vectors, 3)[k]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_scores_proposal_is_measured_once_and_kept(tmp_path: Path, dit_folder: Path, digits_folder: Path) -> None:

@@ -434,7 +434,7 @@ def test_the_mean_over_encodings_and_draws_is_the_closed_form(
     each = [sample_draws(proposal, (1, 2, 2), purpose=f"encoding {r}", **settings) for r in range(2)]
     columns = {name: torch.cat([getattr(x, name) for x in each], 1) for name in ("timesteps", "noise", "weights")}
     layers = select_layers(linear_teacher.denoiser)
-    projector = KroneckerProjector(layers, 100, 100, 0, "cpu")  # full rank: the gradient itself
+    projector = KroneckerProjector(layers, 100, 100, 100, 0, "cpu")  # full rank: the gradient itself
     features = project_gradient(
         linear_teacher,
         latents.expand(num_examples, -1, -1, -1, -1),

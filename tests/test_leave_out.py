@@ -91,7 +91,7 @@ def test_squares_sum_to_the_variance_over_projections(kind: str, blocks: int) ->
     for seed in range(150):
         projector: Projector = DenseProjector(kind, 128, seed)
         if kind == "kronecker":
-            projector = KroneckerProjector(layers, 8, 128, seed, "cpu", 128 // blocks)
+            projector = KroneckerProjector(layers, 8, 128, 128 // blocks, seed, "cpu")
         features = project(projector, layers, activations, outputs)
         scores, variance = scores_and_variance(features, projector.families, blocks)
         runs.append((scores, variance, scores_and_variance(features, independent_groups(128), blocks)[1]))
@@ -141,7 +141,7 @@ def test_what_is_not_random_has_no_error() -> None:
     layers = [Layer("small", nn.Linear(4, 3))]
 
     def random_families(rank: int, proj_dim: int) -> list[bool]:
-        families = KroneckerProjector(layers, rank, proj_dim, 0, "cpu").families
+        families = KroneckerProjector(layers, rank, proj_dim, proj_dim, 0, "cpu").families
         assert families.shape == (2, proj_dim)
         return (families >= 0).any(1).tolist()
 
@@ -160,7 +160,7 @@ def test_what_is_not_random_has_no_error() -> None:
 def test_few_and_uneven_groups_have_an_error_too(num_layers: int, rank: int, proj_dim: int) -> None:
     layers, activations, outputs = gradients(tokens=1)
     chosen = layers[:num_layers]
-    projector = KroneckerProjector(chosen, rank, proj_dim, 0, "cpu")
+    projector = KroneckerProjector(chosen, rank, proj_dim, proj_dim, 0, "cpu")
     features = project(projector, chosen, activations[:num_layers], outputs[:num_layers])
     _, variance = scores_and_variance(features, projector.families)
     assert variance.isfinite().all()
@@ -170,7 +170,7 @@ def test_few_and_uneven_groups_have_an_error_too(num_layers: int, rank: int, pro
 def test_groups_follow_the_blocks_behind_a_layer_of_another_size() -> None:
     """The first block has 260 entries, so that all others begin four coordinates later."""
     layers = [Layer("first", nn.Conv2d(1, 64, 3)), *(Layer(str(i), nn.Linear(64, 64)) for i in range(20))]
-    columns_of_out, columns_of_in = KroneckerProjector(layers, 16, 2048, 0, "cpu").families
+    columns_of_out, columns_of_in = KroneckerProjector(layers, 16, 2048, 2048, 0, "cpu").families
     blocks = (torch.arange(2048) - 4) % 256
     assert (columns_of_out == blocks // 16).all()
     assert (columns_of_in == blocks % 16).all()

@@ -216,7 +216,7 @@ def _split(case: Case, row: int) -> tuple[Tensor, Tensor]:
 
 def test_the_signs_of_the_fold_are_fair() -> None:
     layers = [Layer(str(i), nn.Linear(50, 50)) for i in range(40)]
-    projector = KroneckerProjector(layers, 4, 100, 0, "cpu")
+    projector = KroneckerProjector(layers, 4, 100, 100, 0, "cpu")
     assert set(projector._signs.flatten().tolist()) == {-1.0, 1.0}
     assert abs(float(projector._signs.mean())) < 4 / projector._signs.numel() ** 0.5
 
@@ -235,7 +235,7 @@ def test_the_signs_of_the_fold_are_fair() -> None:
 def test_a_block_has_as_many_entries_where_one_side_is_short(module: nn.Linear | nn.Conv2d, expected: Any) -> None:
     layer = Layer("layer", module)
     assert ranks(layer, 8) == expected
-    p_in, p_out = KroneckerProjector([layer], 8, 64, 0, "cpu").matrices(layer)
+    p_in, p_out = KroneckerProjector([layer], 8, 64, 64, 0, "cpu").matrices(layer)
     assert (p_in.shape[1:], p_out.shape[1:]) == ((layer.in_dim, expected[0]), (layer.out_dim, expected[1]))
 
 
@@ -294,7 +294,7 @@ def test_a_seed_names_the_projection(kind: str) -> None:
 
 def test_no_two_kronecker_factors_share_their_entries() -> None:
     layers = [Layer(name, nn.Conv2d(32, 32, 2, groups=2)) for name in ("a", "b")]
-    projector = KroneckerProjector(layers, 8, 64, 0, "cpu")
+    projector = KroneckerProjector(layers, 8, 64, 64, 0, "cpu")
     factors = [m[g, :16].flatten().sign() for x in layers for m in projector.matrices(x) for g in range(2)]
     agreement = torch.corrcoef(torch.stack(factors)) - torch.eye(len(factors))
     assert float(agreement.abs().max()) < 4.5 / factors[0].numel() ** 0.5

@@ -25,8 +25,8 @@ from tests.conftest import SETTINGS
 
 
 @pytest.fixture(scope="module")
-def attributor(tiny_index: Path, tmp_path_factory: pytest.TempPathFactory) -> Attributor:
-    copy = shutil.copytree(tiny_index, tmp_path_factory.mktemp("refined") / "index")  # draws are kept in it
+def attributor(unrounded_index: Path, tmp_path_factory: pytest.TempPathFactory) -> Attributor:
+    copy = shutil.copytree(unrounded_index, tmp_path_factory.mktemp("refined") / "index")  # draws are kept in it
     return Attributor.open(copy, device="cpu")
 
 
@@ -68,7 +68,7 @@ def test_refined_scores_are_those_of_all_draws_together(attributor: Attributor, 
     means = hessians.diagonal(dim1=1, dim2=2).view(2, 3, 16).mean(2).repeat_interleave(16, 1)
     damped = hessians * of_blocks + 0.5 * torch.diag_embed(means)
     expected = torch.stack([q[0, b] @ torch.linalg.solve(damped[b], t[candidates, b].T) for b in range(2)]).mean(0)
-    np.testing.assert_allclose(refined.scores, expected, rtol=2e-3)  # draws of references are kept in int8
+    np.testing.assert_allclose(refined.scores, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rounds", [1, 3])

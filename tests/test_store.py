@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from carv_attrib.config import FeatureDtype, FeaturizeConfig
 from carv_attrib.errors import StoreCorruptError, StoreError, StoreMismatchError
 from carv_attrib.files import atomic_file, read_sealed, write_sealed
 from carv_attrib.parts import PartFeatures, concatenate, tensor_digest
@@ -304,6 +305,45 @@ def test_the_draws_of_format_3_are_not_read(store: FeatureStore) -> None:
     opened = FeatureStore.open(store.path)
     assert "kernel_examples" not in opened.manifest["config"]
     assert torch.equal(opened.read_part(0).features, store.read_part(0).features)
+
+
+def test_short_features_of_format_4_have_one_block(store: FeatureStore) -> None:
+    """Where the attributed layers had fewer entries than the settings asked for."""
+    manifest = read_sealed(store.path / "manifest.json")
+    write_sealed(
+        store.path / "manifest.json",
+        manifest | {"format_version": 4, "proj_dim": 6, "config": manifest["config"] | {"proj_dim": 2048}},
+    )
+    projection = FeaturizeConfig.from_flat(FeatureStore.open(store.path).manifest["config"]).projection
+    assert projection.block_size(6) == 6
+
+
+@pytest.mark.parametrize("num_dims", [1, 63, 64, 65, 390])
+def test_int8_features_are_off_by_a_254th_of_the_largest_of_64(tmp_path: Path, num_dims: int) -> None:
+    store = FeatureStore.create(
+        tmp_path / "index",
+        MANIFEST | {"proj_dim": num_dims, "config": MANIFEST["config"] | {"feature_dtype": "int8"}},  # type: ignore[operator]
+    )
+    features = torch.randn(4, 2, 2, num_dims, generator=torch.Generator().manual_seed(0))
+    features *= torch.logspace(-9, 9, num_dims)
+    features[0] = 0
+    store.write_part(0, PartFeatures(torch.arange(4), features), records_of([0, 1, 2, 3]))
+    read = FeatureStore.open(store.path).read_part(0).features
+    for first in range(0, num_dims, 64):
+        own = slice(first, first + 64)
+        largest = features[..., own].abs().amax(-1, keepdim=True)
+        assert ((read - features)[..., own].abs() <= largest / 253.99).all()
+    assert torch.equal(FeatureStore.open(store.path).read_features([2, 0]), read[[2, 0]])
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16", "float32"])
+def test_nan_stays_nan_and_no_example_is_no_example(dtype: FeatureDtype) -> None:
+    values = torch.tensor([[[[-500.0, float("nan"), 369.6]]], [[[1.0, 2.0, 3.0]]]])
+    read = PartFeatures.unpacked(PartFeatures(torch.arange(2), values).packed(dtype)).features
+    assert read[0].isnan().any()
+    assert read[1].isfinite().all()
+    none = PartFeatures(torch.arange(0), values[:0])
+    assert PartFeatures.unpacked(none.packed(dtype)).features.shape == (0, 1, 1, 3)
 
 
 @pytest.mark.parametrize("version", [2, 9])

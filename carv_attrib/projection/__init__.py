@@ -35,6 +35,8 @@ class Projector(Protocol):
     """A linear map from per-example gradients to `proj_dim` numbers that preserves inner products in expectation."""
 
     proj_dim: int
+    block_dim: int
+    """Coordinates of each kernel block (eq. (9)); all of them where blocks would be of the same layers."""
 
     @property
     def families(self) -> Int64[Tensor, "families proj_dim"]:
@@ -62,7 +64,7 @@ def build_projector(
 ) -> Projector:
     """Return the projector that `config` names, for these layers; `dtype` is that of the activations."""
     if config.projection == "kronecker":
-        return KroneckerProjector(layers, config.rank, config.proj_dim, seed, device, config.block_dim)
+        return KroneckerProjector(layers, config.rank, config.proj_dim, config.block_dim, seed, device)
     if config.projection in ("rademacher", "normal"):
         return DenseProjector(config.projection, config.proj_dim, seed)
     return TrakProjector(config.projection, config.proj_dim, seed, layers, device, dtype)

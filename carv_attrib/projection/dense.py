@@ -24,7 +24,7 @@ class DenseProjector:
     """
 
     def __init__(self, kind: str, proj_dim: int, seed: int) -> None:
-        self.proj_dim = proj_dim
+        self.proj_dim = self.block_dim = proj_dim
         self._kind = kind
         self._seed = seed
 

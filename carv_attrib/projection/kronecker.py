@@ -102,9 +102,9 @@ class KroneckerProjector:
         layers: Sequence[Layer],
         rank: int,
         proj_dim: int,
+        block_dim: int,
         seed: int,
         device: torch.device | str,
-        block_dim: int | None = None,
     ) -> None:
         self._drawn = {layer.name: draw_factors(layer, rank, seed) for layer in layers}
         self._placed: dict[tuple[str, torch.device, torch.dtype], Factors] = {}
@@ -117,15 +117,15 @@ class KroneckerProjector:
         }
         entries = {name: math.prod(sides) for name, sides in self._ranks.items()}
         num_entries = sum(entries.values())
-        size = min(block_dim or proj_dim, proj_dim, num_entries)
-        num_blocks = min(proj_dim, num_entries) // size
+        self.block_dim = min(block_dim, proj_dim, num_entries)
+        num_blocks = min(proj_dim, num_entries) // self.block_dim
         names = list(entries)
         self._entries = {name: entries[name] for first in range(num_blocks) for name in names[first::num_blocks]}
-        self.proj_dim = num_blocks * size
+        self.proj_dim = num_blocks * self.block_dim
         self._per_block = math.ceil(num_entries / num_blocks)
         self._unused = num_blocks * self._per_block - num_entries
-        self._depth = math.ceil(self._per_block / size)
-        self._fold = (num_blocks, self._depth, size)
+        self._depth = math.ceil(self._per_block / self.block_dim)
+        self._fold = (num_blocks, self._depth, self.block_dim)
         signs = random_signs(stream_key(seed, "kronecker", "fold signs"), 0, math.prod(self._fold), device)
         self._signs = signs.view(num_blocks, -1)
 

@@ -32,7 +32,7 @@ class TrakProjector:
     ) -> None:
         from trak.projectors import BasicProjector, CudaProjector, ProjectionType
 
-        self.proj_dim = proj_dim
+        self.proj_dim = self.block_dim = proj_dim
         self._projectors = {}
         for layer in layers:
             layer_seed = stream_key(seed, "trak", layer.name) % 2**31
