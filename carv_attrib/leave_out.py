@@ -64,7 +64,7 @@ class LeaveOut:
             of_blocks = family.view(kernel.eigenvalues.shape[1:])
             groups = [self._group(n, of_blocks == n) for n in range(NUM_GROUPS) if (family == n).any()]
             for group in groups:
-                own = self._of(group.places, group.chosen)
+                own = self._rows_of(group.places, group.chosen)
                 ratio = torch.cholesky_solve((own * spread[:, :, None]) @ own.mT, group.factor)
                 expected += float((ratio * ratio.mT).sum())
             self._families.append(groups)
@@ -90,7 +90,7 @@ class LeaveOut:
             if len(groups) < 2:
                 continue
             for group in groups:
-                own = self._of(group.places, group.chosen)[window]
+                own = self._rows_of(group.places, group.chosen)[window]
                 change = torch.cholesky_solve(own @ asked.mT, group.factor[window]).mT @ own * inverse[:, :, None]
                 found[:, :, family, group.number] = change.permute(2, 0, 1, 3).flatten(2)
             numbers = [group.number for group in groups]
@@ -105,11 +105,11 @@ class LeaveOut:
         most = int(members.sum(1).max())
         places = (~members).int().sort(dim=1, stable=True).indices[:, :most]
         chosen = members.gather(1, places)
-        own = self._of(places, chosen)
+        own = self._rows_of(places, chosen)
         product = (own * self._inverse[:, :, None]) @ own.mT + torch.diag_embed((~chosen).double())
         return _Group(number, places, chosen, torch.linalg.cholesky(product))
 
-    def _of(
+    def _rows_of(
         self, places: Int64[Tensor, "blocks most"], chosen: Bool[Tensor, "blocks most"]
     ) -> Float64[Tensor, "bands blocks most size"]:
         """Return the rows of coordinates; zeros where a block has fewer than another."""

@@ -15,6 +15,7 @@ from jaxtyping import Float, Float64, Int64
 from PIL import Image
 from torch import Tensor
 
+from carv_attrib.config import FeaturizeConfig
 from carv_attrib.data import ExampleDataset, JoinedExamples, to_pixels
 from carv_attrib.errors import ArgumentError, StoreCorruptError, StoreError
 from carv_attrib.estimator import Encoded, Estimator, average_bands, check_finite
@@ -130,7 +131,9 @@ class Scorer:
         if self._kernels[kind].kind != kind:
             raise StoreError(f"{self.store.path} was indexed again after it was opened; open it again.")
         num_bands = self.store.manifest["config"]["num_bands"] if kind == "bands" else 1
-        if self._kernels[kind].eigenvalues.numel() != num_bands * self.store.manifest["proj_dim"]:
+        num_dims = self.store.manifest["proj_dim"]
+        size = FeaturizeConfig.from_flat(self.store.manifest["config"]).projection.block_size(num_dims)
+        if self._kernels[kind].eigenvalues.shape != (num_bands, num_dims // size, size):
             raise StoreCorruptError(f"the kernel in {self.store.path} has another size than the features; index again.")
         return self._kernels[kind]
 
