@@ -241,8 +241,10 @@ class FeatureStore:
             if stored.get(name) != value
         ]
         if differences:
+            older = self.manifest["format_version"] != FORMAT_VERSION
             raise StoreMismatchError(
-                f"{self.path} was made with other settings ({'; '.join(differences)}); use them, or another folder."
+                f"{self.path} was made with other settings ({'; '.join(differences)})"
+                f"{' by an older version, with other defaults' if older else ''}; use them, or another folder."
             )
 
     @property

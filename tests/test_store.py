@@ -314,8 +314,12 @@ def test_short_features_of_format_4_have_one_block(store: FeatureStore) -> None:
         store.path / "manifest.json",
         manifest | {"format_version": 4, "proj_dim": 6, "config": manifest["config"] | {"proj_dim": 2048}},
     )
-    projection = FeaturizeConfig.from_flat(FeatureStore.open(store.path).manifest["config"]).projection
-    assert projection.block_size(6) == 6
+    opened = FeatureStore.open(store.path)
+    assert FeaturizeConfig.from_flat(opened.manifest["config"]).projection.block_size(6) == 6
+    with pytest.raises(
+        StoreMismatchError, match=r"proj_dim: stored 2048, requested 4096\) by an older version"
+    ):
+        opened.check_matches({"config": {"proj_dim": 4096}})
 
 
 @pytest.mark.parametrize("num_dims", [1, 63, 64, 65, 390])
