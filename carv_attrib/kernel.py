@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,6 @@ from torch import Tensor
 from carv_attrib.config import FeaturizeConfig, check_choice
 from carv_attrib.errors import ArgumentError, StoreCorruptError, StoreError
 from carv_attrib.files import atomic_file
-from carv_attrib.seeding import random_bits, stream_key
 from carv_attrib.store import FeatureStore
 from carv_attrib.threads import in_order
 
@@ -32,8 +30,8 @@ DEFAULT_DAMPING = 0.1
 """What `auto` is where there is nothing to choose it from: with one draw, and in pilots."""
 POOLED = 0.5
 """Share of a band's matrix that is the mean of all bands': which keeps it from fitting too few vectors."""
-DAMPINGS = torch.logspace(-5, 1, 121, dtype=torch.float64)
-"""That `auto` chooses among, before it is halved and adapted to the number of bands."""
+DAMPINGS = torch.logspace(-2, 1, 61, dtype=torch.float64)
+"""That `auto` chooses among, before it is adapted to the number of bands."""
 _ENOUGH_BANDS = 4
 """With fewer bands, `auto` damping is larger."""
 _AT_ONCE = 2**28
@@ -168,7 +166,7 @@ def fit_kernel(store: FeatureStore, kind: KernelKind = "bands") -> Kernel:
         )
     size = config.projection.block_size(store.manifest["proj_dim"])
     sums: Tensor = torch.zeros(())
-    of_halves: list[list[Tensor]] = [[torch.zeros(())] * 2, [torch.zeros(())] * 2]  # halves of examples, of draws
+    of_halves: list[Tensor] = [torch.zeros(()), torch.zeros(())]
     num_vectors = 0
     for part in store.read_parts():
         vectors = part.features.double()
@@ -177,14 +175,11 @@ def fit_kernel(store: FeatureStore, kind: KernelKind = "bands") -> Kernel:
             vectors = vectors.mean((1, 2), keepdim=True)
             halves = [half.mean(1, keepdim=True) for half in halves]
         sums = sums + outer_sums(vectors, size)
-        of_half = random_bits(stream_key(0, "halves"), part.ids) & 1
-        for half, of_examples in enumerate(of_halves):
-            for number, own in enumerate(halves):
-                of_examples[number] = of_examples[number] + outer_sums(own[of_half == half][:, None], size)[0]
+        of_halves = [total + outer_sums(half[:, None], size)[0] for total, half in zip(of_halves, halves, strict=True)]
         num_vectors += vectors.shape[0] * vectors.shape[2]
     if num_vectors == 0:
         raise StoreError(f"{store.path} holds no features yet; run featurize first.")
-    auto_damping = DEFAULT_DAMPING if _has_one_draw(store) else choose_damping(of_halves, len(sums))
+    auto_damping = DEFAULT_DAMPING if _has_one_draw(store) else choose_damping(of_halves[0], of_halves[1], len(sums))
     return decompose(_pooled(sums), num_vectors, kind, auto_damping)
 
 
@@ -204,22 +199,18 @@ def decompose(
     return Kernel(kind, values, vectors, num_vectors, auto_damping)
 
 
-def choose_damping(sums: Sequence[Sequence[Float64[Tensor, "blocks size size"]]], num_bands: int) -> float:
-    """Return the damping, relative to the mean eigenvalue, by cross-validation over draws and examples (eq. (9')).
+def choose_damping(
+    first: Float64[Tensor, "blocks size size"], second: Float64[Tensor, "blocks size size"], num_bands: int
+) -> float:
+    """Return the damping, relative to the mean eigenvalue, by cross-validation over draws (eq. (9')).
 
     Args:
-        sums: of outer products of one half of the examples and of the other, each of one half of the draws and of the
-            other.
+        first: sums of outer products of one half of the draws.
+        second: of the other half.
         num_bands: of whose scores the mean is taken.
     """
-    of_draws = [first + second for first, second in zip(*sums, strict=True)]
-    of_examples = [first + second for first, second in sums]
-    pairs = [of_draws, of_draws[::-1]]
-    if all(half.any() for half in of_examples):  # a few examples may all be in one half
-        pairs += [of_examples, of_examples[::-1]]
-    found = [_cross_validated(*pair) for pair in pairs]
-    chosen: float = math.prod(found) ** (1 / len(found)) / 2  # H has twice the vectors of a half
-    return chosen * max(1.0, _ENOUGH_BANDS / num_bands) ** 2
+    by_draws = math.sqrt(_cross_validated(first, second) * _cross_validated(second, first))
+    return by_draws * max(1.0, _ENOUGH_BANDS / num_bands) ** 2
 
 
 def _cross_validated(known: Float64[Tensor, "blocks size size"], other: Float64[Tensor, "blocks size size"]) -> float:

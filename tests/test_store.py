@@ -316,9 +316,7 @@ def test_short_features_of_format_4_have_one_block(store: FeatureStore) -> None:
     )
     opened = FeatureStore.open(store.path)
     assert FeaturizeConfig.from_flat(opened.manifest["config"]).projection.block_size(6) == 6
-    with pytest.raises(
-        StoreMismatchError, match=r"proj_dim: stored 2048, requested 4096\) by an older version"
-    ):
+    with pytest.raises(StoreMismatchError, match=r"proj_dim: stored 2048, requested 4096\) by an older version"):
         opened.check_matches({"config": {"proj_dim": 4096}})
 
 

@@ -146,7 +146,7 @@ class CostModel:
             (rows, units.draw),
             (self.disk_bytes(config), units.byte),
             (linear, units.matrix_row),
-            ((estimator.num_bands + 4) * blocks, units.eigh),  # of H, and of halves for the damping
+            ((estimator.num_bands + 2) * blocks, units.eigh),  # of H, and of halves for the damping
         ]
         return Measured(
             encode + sum(count * unit.value for count, unit in parts),
