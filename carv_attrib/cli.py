@@ -248,7 +248,7 @@ def remove(index: Path, ids: tuple[int, ...], keys: tuple[str, ...], ids_from: A
     if bad := [line for line in lines if not re.fullmatch(r"-?\d+", line)]:
         raise click.UsageError(f"--ids-from must have a whole number on each line, got {bad[0][:40]!r}.")
     count = run(index, ids=[*ids, *map(int, lines)], keys=keys)
-    click.echo(f"{count} examples removed from {index}")
+    click.echo(f"{count} {'example' if count == 1 else 'examples'} removed from {index}")
 
 
 @main.command()

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from carv_attrib.errors import StoreCorruptError
+from carv_attrib.errors import StoreCorruptError, StoreError
 from carv_attrib.files import atomic_file
 
 _LATER_TENSORS = ("row_crc32", "examples_sha256")  # which parts of earlier versions do not have
@@ -132,6 +132,7 @@ class PartRows:
     def __init__(self, path: Path, file: Any, ids: Int64[np.ndarray, " examples"]) -> None:
         features = file.get_slice("features")
         self._path, self._ids = path, ids
+        self._inode = path.stat().st_ino
         self._shape = features.get_shape()[1:]
         self._dtype = {"F16": np.float16, "F32": np.float32}[features.get_dtype()]
         self._offset = _data_offset(path, "features")
@@ -146,12 +147,15 @@ class PartRows:
         """Return the features of rows, after a check of their checksums.
 
         Raises:
-            StoreCorruptError: if the file is gone or damaged.
+            StoreError: if the file is another than was opened.
+            StoreCorruptError: if it is gone or damaged.
         """
         values = np.empty((len(rows), *self._shape), self._dtype)
         size = values[:1].nbytes
         try:
             with self._path.open("rb", buffering=0) as file:
+                if os.fstat(file.fileno()).st_ino != self._inode:
+                    raise StoreError(f"{self._path} was changed after it was opened; open the index again.")
                 lengths = [
                     os.preadv(file.fileno(), [own], self._offset + row * size)
                     for row, own in zip(rows.tolist(), values, strict=True)

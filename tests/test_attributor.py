@@ -410,8 +410,9 @@ def test_an_open_index_says_that_examples_were_removed(
     for ask in (
         lambda: opened.scores([image], labels=[label]),
         lambda: opened.query(image, label=label, group_by="label"),
+        lambda: opened.query(image, label=label, top_k=20),
     ):
-        with pytest.raises(StoreError, match="was changed after it was opened; open it again"):
+        with pytest.raises(StoreError, match="was changed after it was opened; open"):
             ask()
 
 
