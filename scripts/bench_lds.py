@@ -301,7 +301,12 @@ def print_table(result: dict[str, Any]) -> None:
 @click.option(
     "--scores", "path", type=click.Path(path_type=Path), help="Where to keep scores for make_counterfactuals."
 )
-def main(task: str, names: tuple[str, ...], most_draws: int, path: Path | None) -> None:
+@click.option(
+    "--damping",
+    type=click.Choice([str(damping) for damping in DAMPINGS]),
+    help="Of those scores, in place of the automatic one; it is added to their names.",
+)
+def main(task: str, names: tuple[str, ...], most_draws: int, path: Path | None, damping: str | None) -> None:
     """Score every method that is missing, and print the table."""
     folder = FOLDER / task
     truth = GroundTruth.load(folder / "ground-truth.npz")
@@ -323,7 +328,9 @@ def main(task: str, names: tuple[str, ...], most_draws: int, path: Path | None) 
     with atomic_file(folder / "lds.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
     if path:
-        np.savez(path, **final_scores({name: scores[name] for name in names or scores}, truth))
+        wanted = {name: scores[name] for name in names or scores}
+        at_damping = {f"{name}, damping {damping}": own[damping] for name, own in wanted.items()} if damping else None
+        np.savez(path, **(at_damping or final_scores(wanted, truth)))
     print_table(result["queries"])
 
 
