@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from carv_attrib.errors import StoreCorruptError, StoreError
+from carv_attrib.errors import StoreCorruptError
 from carv_attrib.files import atomic_file
 
 _LATER_TENSORS = ("row_crc32", "examples_sha256")  # which parts of earlier versions do not have
@@ -143,19 +143,20 @@ class PartRows:
             file.get_tensor("row_crc32").clone().numpy() if has_checksums else np.full(len(ids), _NO_CHECKSUM)
         )
 
+    def was_replaced(self) -> bool:
+        """Return whether another file is there now."""
+        return self._path.exists() and self._path.stat().st_ino != self._inode
+
     def read(self, rows: Int64[np.ndarray, " rows"]) -> Float32[np.ndarray, "rows bands replicates proj_dim"]:
         """Return the features of rows, after a check of their checksums.
 
         Raises:
-            StoreError: if the file is another than was opened.
-            StoreCorruptError: if it is gone or damaged.
+            StoreCorruptError: if the file is gone or damaged.
         """
         values = np.empty((len(rows), *self._shape), self._dtype)
         size = values[:1].nbytes
         try:
             with self._path.open("rb", buffering=0) as file:
-                if os.fstat(file.fileno()).st_ino != self._inode:
-                    raise StoreError(f"{self._path} was changed after it was opened; open the index again.")
                 lengths = [
                     os.preadv(file.fileno(), [own], self._offset + row * size)
                     for row, own in zip(rows.tolist(), values, strict=True)

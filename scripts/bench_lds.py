@@ -212,6 +212,11 @@ def final_scores(scores: dict[str, dict[str, np.ndarray]], truth: GroundTruth) -
     return final
 
 
+def scores_at(scores: dict[str, dict[str, np.ndarray]], damping: str) -> dict[str, np.ndarray]:
+    """Return the scores at a damping of the grid of each method that has one, under a name with it."""
+    return {f"{name}, damping {damping}": own[damping] for name, own in scores.items() if damping in own}
+
+
 def evaluate(scores: dict[str, dict[str, np.ndarray]], truth: GroundTruth) -> dict[str, Any]:
     """Return, for each kind of query, the LDS of every method on the odd subsets, and the ceiling there."""
     subsets = np.arange(len(truth.masks))
@@ -329,8 +334,7 @@ def main(task: str, names: tuple[str, ...], most_draws: int, path: Path | None, 
         temporary.write_text(json.dumps(result, indent=1) + "\n")
     if path:
         wanted = {name: scores[name] for name in names or scores}
-        at_damping = {f"{name}, damping {damping}": own[damping] for name, own in wanted.items()} if damping else None
-        np.savez(path, **(at_damping or final_scores(wanted, truth)))
+        np.savez(path, **(scores_at(wanted, damping) if damping else final_scores(wanted, truth)))
     print_table(result["queries"])
 
 

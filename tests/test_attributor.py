@@ -412,7 +412,7 @@ def test_an_open_index_says_that_examples_were_removed(
         lambda: opened.query(image, label=label, group_by="label"),
         lambda: opened.query(image, label=label, top_k=20),
     ):
-        with pytest.raises(StoreError, match="was changed after it was opened; open"):
+        with pytest.raises(StoreError, match="was changed after it was opened; open it again"):
             ask()
 
 

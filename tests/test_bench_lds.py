@@ -16,7 +16,7 @@ import lds_unprojected
 import numpy as np
 import pytest
 import torch
-from bench_lds import final_scores, merged, methods
+from bench_lds import final_scores, merged, methods, scores_at
 from lds_inputs import kept, take
 from torch import Tensor
 
@@ -227,6 +227,13 @@ def test_the_scores_for_counterfactuals_are_at_the_automatic_damping_or_at_the_b
     found = final_scores({"peer": {"0.1": good, "1.0": -good}, "ours": {"0.1": good, "auto": 2 * good}}, truth)
     np.testing.assert_array_equal(found["peer"], good)
     np.testing.assert_array_equal(found["ours"], 2 * good)
+
+
+def test_scores_at_a_damping_are_of_the_methods_that_have_one() -> None:
+    good = np.ones((4, 20))
+    found = scores_at({"latent cosine": {"": good}, "ours": {"0.1": 2 * good, "auto": good}}, "0.1")
+    assert list(found) == ["ours, damping 0.1"]
+    np.testing.assert_array_equal(found["ours, damping 0.1"], 2 * good)
 
 
 def test_some_methods_change_their_own_rows_only_and_only_of_the_same_models() -> None:
