@@ -178,23 +178,23 @@ class PartRows:
         self._path, self._ids = path, ids
         self._inode = path.stat().st_ino
         self._features, self._scale = (_rows(path, file, name) for name in ("features", "features_scale"))
-        # a copy, since a tensor of safetensors keeps the file mapped
-        has_checksums = "row_crc32" in file.keys()
+        has_checksums = "row_crc32" in file.keys()  # copied, since a tensor of safetensors keeps the file mapped
         self._row_crc32 = (
             file.get_tensor("row_crc32").clone().numpy() if has_checksums else np.full(len(ids), _NO_CHECKSUM)
         )
+
+    def was_replaced(self) -> bool:
+        """Return whether another file is there now."""
+        return self._path.exists() and self._path.stat().st_ino != self._inode
 
     def read(self, rows: Int64[np.ndarray, " rows"]) -> Float32[np.ndarray, "rows bands replicates proj_dim"]:
         """Return the features of rows, after a check of their checksums.
 
         Raises:
-            StoreError: if the file is another than was opened.
-            StoreCorruptError: if it is gone or damaged.
+            StoreCorruptError: if the file is gone or damaged.
         """
         try:
             with self._path.open("rb", buffering=0) as file:
-                if os.fstat(file.fileno()).st_ino != self._inode:
-                    raise StoreError(f"{self._path} was changed after it was opened; open the index again.")
                 values, scale = (own.read(file.fileno(), rows) for own in (self._features, self._scale))
         except OSError as err:
             raise StoreCorruptError(f"{self._path} cannot be read: {err}; if it is gone, featurize again.") from err

@@ -382,11 +382,19 @@ class FeatureStore:
             StoreError: if examples were removed after the store was opened.
             StoreCorruptError: if a file is damaged.
         """
-        for part, ids in zip(self.parts, self._part_ids, strict=True):
+        for place, part in enumerate(self.parts):
             content = self.read_part(part)
-            if not np.array_equal(content.ids.numpy(), ids):
-                raise StoreError(f"{self.path} was changed after it was opened; open it again.")
+            self._check_ids(place, content.ids)
             yield content
+
+    def _check_ids(self, place: int, ids: Int64[Tensor, " examples"]) -> None:
+        """Check that the part at a place of `parts` has the ids that it had when the store was opened.
+
+        Raises:
+            StoreError: if it has others.
+        """
+        if not np.array_equal(ids.numpy(), self._part_ids[place]):
+            raise StoreError(f"{self.path} was changed after it was opened; open it again.")
 
     @cached_property
     def parts(self) -> list[int]:
@@ -418,6 +426,7 @@ class FeatureStore:
         """Return the features at positions of `ids`, in float32, reading no more of each file than needed.
 
         Raises:
+            StoreError: if examples were removed after the store was opened.
             StoreCorruptError: if one is damaged.
         """
         wanted = np.asarray(positions, np.int64)
@@ -432,10 +441,11 @@ class FeatureStore:
     def _part_rows(self, place: int) -> PartRows:
         """Return what reads rows of the part at a place of `parts`; it is kept for the next query."""
         part = self.parts[place]
-        if part not in self._opened:
+        if part not in self._opened or self._opened[part].was_replaced():
             if len(self._opened) >= _MAX_OPENED:
                 self._opened.clear()
             with self._open_part(part) as file:
+                self._check_ids(place, file.get_tensor("ids"))
                 self._opened[part] = PartRows(self.features_path(part), file, self._part_ids[place])
         return self._opened[part]
 

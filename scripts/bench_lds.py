@@ -217,6 +217,11 @@ def final_scores(scores: dict[str, dict[str, np.ndarray]], truth: GroundTruth) -
     return final
 
 
+def scores_at(scores: dict[str, dict[str, np.ndarray]], damping: str) -> dict[str, np.ndarray]:
+    """Return the scores at a damping of the grid of each method that has one, under a name with it."""
+    return {f"{name}, damping {damping}": own[damping] for name, own in scores.items() if damping in own}
+
+
 def evaluate(scores: dict[str, dict[str, np.ndarray]], truth: GroundTruth) -> dict[str, Any]:
     """Return, for each kind of query, the LDS of every method on the odd subsets, and the ceiling there."""
     subsets = np.arange(len(truth.masks))
@@ -310,7 +315,12 @@ def print_table(result: dict[str, Any]) -> None:
 @click.option(
     "--scores", "path", type=click.Path(path_type=Path), help="Where to keep scores for make_counterfactuals."
 )
-def main(task: str, names: tuple[str, ...], most_draws: int, path: Path | None) -> None:
+@click.option(
+    "--damping",
+    type=click.Choice([str(damping) for damping in DAMPINGS]),
+    help="Of those scores, in place of the automatic one; it is added to their names.",
+)
+def main(task: str, names: tuple[str, ...], most_draws: int, path: Path | None, damping: str | None) -> None:
     """Score every method that is missing, and print the table."""
     folder = FOLDER / task
     truth = GroundTruth.load(folder / "ground-truth.npz")
@@ -332,7 +342,8 @@ def main(task: str, names: tuple[str, ...], most_draws: int, path: Path | None) 
     with atomic_file(folder / "lds.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
     if path:
-        np.savez(path, **final_scores({name: scores[name] for name in names or scores}, truth))
+        wanted = {name: scores[name] for name in names or scores}
+        np.savez(path, **(scores_at(wanted, damping) if damping else final_scores(wanted, truth)))
     print_table(result["queries"])
 
 

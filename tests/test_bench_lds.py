@@ -16,7 +16,7 @@ import lds_unprojected
 import numpy as np
 import pytest
 import torch
-from bench_lds import final_scores, merged, methods
+from bench_lds import final_scores, merged, methods, scores_at
 from lds_inputs import kept, take
 from torch import Tensor
 
@@ -239,6 +239,13 @@ def test_differences_to_another_default_are_not_kept() -> None:
     new["queries"]["held-out"]["rows"] = {"ours, 4 draws": other}
     found = merged(old, new)["queries"]["held-out"]["rows"]
     assert (found["ours, 4 draws"], found["a"]) == (other, {"lds": 1, "less_default": None})
+
+
+def test_scores_at_a_damping_are_of_the_methods_that_have_one() -> None:
+    good = np.ones((4, 20))
+    found = scores_at({"latent cosine": {"": good}, "ours": {"0.1": 2 * good, "auto": good}}, "0.1")
+    assert list(found) == ["ours, damping 0.1"]
+    np.testing.assert_array_equal(found["ours, damping 0.1"], 2 * good)
 
 
 def test_some_methods_change_their_own_rows_only_and_only_of_the_same_models() -> None:

@@ -237,13 +237,15 @@ def test_two_cannot_begin_one_index(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_removal_is_seen_by_a_store_that_was_open(store: FeatureStore) -> None:
-    opened = FeatureStore.open(store.path)
+    opened, unread = FeatureStore.open(store.path), FeatureStore.open(store.path)
     assert [part.ids.tolist() for part in opened.read_parts()] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     opened.read_features([4])
+    assert len(unread.ids) == 10
     with store.writing():
         store.remove([5])
-    with pytest.raises(StoreError, match="part-000001.safetensors was changed after it was opened; open"):
-        opened.read_features([4])
+    for other in (opened, unread):
+        with pytest.raises(StoreError, match="was changed after it was opened; open it again"):
+            other.read_features([4])
     with pytest.raises(StoreError, match="was changed after it was opened; open it again"):
         list(opened.read_parts())
 
