@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from carv_attrib.config import FeatureDtype
-from carv_attrib.errors import StoreCorruptError, StoreError
+from carv_attrib.errors import StoreCorruptError
 from carv_attrib.files import atomic_file
 
 GROUP = 64
