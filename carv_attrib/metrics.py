@@ -163,6 +163,30 @@ def top_k_overlap(
     return shares
 
 
+def top_k_effect(
+    scores: Float[np.ndarray, "queries train"],
+    masks: Bool[np.ndarray, "subsets train"],
+    losses: Float[np.ndarray, "subsets queries"],
+    top_k: int,
+) -> Float[np.ndarray, " queries"]:
+    """Return by how much the loss of each query would rise without its top k, by linear regression over subsets.
+
+    It is minus the slope of the loss in how many of the top k a model was trained on, times k.
+
+    >>> losses = np.array([[1.0], [2.0], [3.0]])
+    >>> masks = np.array([[True, True, False], [True, False, True], [False, False, True]])
+    >>> top_k_effect(np.array([[2.0, 1.0, 0.0]]), masks, losses, 2)
+    array([2.])
+
+    Raises:
+        ArgumentError: if k is not from 1 to the number of examples.
+    """
+    counts = masks.astype(np.float64) @ _top(scores, top_k).T  # (subsets, queries)
+    counts -= counts.mean(0)
+    effects: np.ndarray = -top_k * (counts * losses).sum(0) / (counts**2).sum(0)
+    return effects
+
+
 def _top(scores: np.ndarray, top_k: int) -> np.ndarray:
     """Return which examples are in the top k of each query; of equal scores the earlier ones."""
     check_top_k(top_k, scores.shape[1])

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import bench_first_examples
 import bench_lds
 import click
 import lds_peers
@@ -246,6 +247,34 @@ def test_scores_at_a_damping_are_of_the_methods_that_have_one() -> None:
     found = scores_at({"latent cosine": {"": good}, "ours": {"0.1": 2 * good, "auto": good}}, "0.1")
     assert list(found) == ["ours, damping 0.1"]
     np.testing.assert_array_equal(found["ours, damping 0.1"], 2 * good)
+
+
+def test_effects_of_first_examples_are_on_the_odd_subsets_and_those_of_peers_at_their_best_damping_on_the_even() -> (
+    None
+):
+    generator = np.random.default_rng(0)
+    masks = generator.random((40, 30)) < 0.5
+    good = generator.standard_normal((4, 30))
+    losses = np.where(np.arange(40)[:, None] % 2, -2.0, -1.0) * (
+        masks @ (good >= np.sort(good)[:, [-5]]).T.astype(float)
+    )
+    truth = GroundTruth(
+        masks=masks,
+        losses=losses[:, None, :, None],
+        train_ids=np.arange(30),
+        query_kinds=np.full(4, "held-out"),
+        query_labels=np.zeros(4, int),
+        query_images=np.zeros((4, 2, 2), np.uint8),
+    )
+    peer = {"0.1": -good, "1.0": good}
+    found = bench_first_examples.effects({bench_first_examples.REFERENCE: peer, "worse": {"": -good}}, truth, 5)
+    assert found[bench_first_examples.REFERENCE] == {
+        "effect": (pytest.approx(10.0), pytest.approx(0.0, abs=1e-9)),
+        "less_reference": (0.0, 0.0),
+    }
+    effect, error = found["worse"]["effect"]
+    assert (effect < 5, error > 0) == (True, True)
+    assert found["worse"]["less_reference"] == (pytest.approx(effect - 10), pytest.approx(error))
 
 
 def test_some_methods_change_their_own_rows_only_and_only_of_the_same_models() -> None:

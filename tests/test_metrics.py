@@ -16,6 +16,7 @@ from carv_attrib.metrics import (
     resampled_means,
     seed_ceiling,
     spearman,
+    top_k_effect,
     top_k_overlap,
 )
 from carv_attrib.seeding import stream
@@ -124,6 +125,19 @@ def test_the_overlap_is_the_share_of_common_examples_in_the_top_k() -> None:
     np.testing.assert_allclose(top_k_overlap(first, second, 5), 1)
     random = [stream(0, name).random((50, 400)) for name in "ab"]
     assert top_k_overlap(random[0], random[1], 100).mean() == pytest.approx(0.25, abs=0.02)
+
+
+def test_the_effect_of_a_top_k_is_its_true_sum_where_nothing_else_has_one_and_the_slope_of_a_regression_else() -> None:
+    generator = stream(0, "effect of a top k")
+    masks = generator.random((30, 50)) < 0.5
+    scores = generator.standard_normal((3, 50))
+    saved = np.where(scores >= np.sort(scores, axis=1)[:, [-7]], [[0.5], [1.0], [-2.0]], 0.0)
+    alone = 4.0 - masks @ saved.T
+    np.testing.assert_allclose(top_k_effect(scores, masks, alone, 7), [3.5, 7.0, -14.0])
+    others = alone + generator.standard_normal((30, 3))
+    counts = masks.astype(float) @ (saved != 0).T
+    slopes = [np.polyfit(counts[:, query], others[:, query], 1)[0] for query in range(3)]
+    np.testing.assert_allclose(top_k_effect(scores, masks, others, 7), -7 * np.array(slopes))
 
 
 def test_ranks_count_from_one_and_equal_scores_count_against_an_example() -> None:
