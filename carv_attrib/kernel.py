@@ -30,8 +30,10 @@ DEFAULT_DAMPING = 0.1
 """What `auto` is where there is nothing to choose it from: with one draw, and in pilots."""
 POOLED = 0.5
 """Share of a band's matrix that is the mean of all bands': which keeps it from fitting too few vectors."""
-DAMPINGS = torch.logspace(-2, 1, 61, dtype=torch.float64)
-"""That `auto` chooses among, before it is adapted to the number of bands."""
+DAMPINGS = torch.logspace(-5, 1, 121, dtype=torch.float64)
+"""That `auto` chooses among, before it is halved and adapted to the number of bands."""
+_LEAST_DAMPING = 0.01
+"""Of `auto`: with less, sums of many scores gain little, and single scores lose."""
 _ENOUGH_BANDS = 4
 """With fewer bands, `auto` damping is larger."""
 _AT_ONCE = 2**28
@@ -209,8 +211,8 @@ def choose_damping(
         second: of the other half.
         num_bands: of whose scores the mean is taken.
     """
-    by_draws = math.sqrt(_cross_validated(first, second) * _cross_validated(second, first))
-    return by_draws * max(1.0, _ENOUGH_BANDS / num_bands) ** 2
+    by_draws = math.sqrt(_cross_validated(first, second) * _cross_validated(second, first)) / 2  # H has all draws
+    return max(by_draws, _LEAST_DAMPING) * max(1.0, _ENOUGH_BANDS / num_bands) ** 2
 
 
 def _cross_validated(known: Float64[Tensor, "blocks size size"], other: Float64[Tensor, "blocks size size"]) -> float:
