@@ -19,7 +19,6 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Float64, Int64
-from safetensors import SafetensorError
 from torch import Tensor
 
 from carv_attrib.errors import ArgumentError, StoreCorruptError, StoreError
@@ -400,7 +399,7 @@ def read_index_settings(store: FeatureStore, *, read_all: bool = False) -> Index
             raise StoreError(f"the index in {store.path} has a kernel of an older version; {way_out}.")
     except KeyError as err:
         raise StoreCorruptError(f"{path} has no {err}: it is damaged or of an older version; {way_out}.") from err
-    except (OSError, SafetensorError, ValueError, TypeError) as err:
+    except (OSError, ValueError, TypeError) as err:
         raise StoreCorruptError(f"{path} is damaged: {err}; {way_out}.") from err
     if settings.features_sha256 != store.digest():
         raise StoreError(f"the index in {store.path} is of other features; {way_out}.")

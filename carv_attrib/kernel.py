@@ -285,13 +285,12 @@ def _has_one_draw(store: FeatureStore) -> bool:
 
 
 def is_of_older_version(path: Path) -> bool:
-    """Return whether a kernel file is of one matrix for all bands.
-
-    Raises:
-        OSError, SafetensorError: if it cannot be read.
-    """
-    with safe_open(path, framework="pt") as file:
-        return "eigenvectors" in file.keys() and len(file.get_slice("eigenvectors").get_shape()) == 2
+    """Return whether a kernel file is of one matrix for all bands; what is wrong with others is for `load_kernel`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "eigenvectors" in file.keys() and len(file.get_slice("eigenvectors").get_shape()) == 2
+    except (OSError, SafetensorError):
+        return False
 
 
 def load_kernel(path: Path) -> Kernel:
