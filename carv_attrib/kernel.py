@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -31,9 +32,12 @@ DEFAULT_DAMPING = 0.1
 POOLED = 0.5
 """Share of a band's matrix that is the mean of all bands': which keeps it from fitting too few vectors."""
 DAMPINGS = torch.logspace(-5, 1, 121, dtype=torch.float64)
-"""That `auto` chooses among, before it is halved and adapted to the number of bands."""
+"""That `auto` chooses among, before it is halved, raised to the least and adapted to the number of bands."""
 _LEAST_DAMPING = 0.01
-"""Of `auto`: with less, sums of many scores gain little, and single scores lose."""
+"""Of `auto`."""
+LARGE_KERNEL = 2 * 10**9
+"""Bytes beyond which a warning says what the kernel takes."""
+_log = logging.getLogger(__name__)
 _ENOUGH_BANDS = 4
 """With fewer bands, `auto` damping is larger."""
 _AT_ONCE = 2**28
@@ -92,7 +96,7 @@ class Kernel:
         new: Float[Tensor, "examples bands 2 d"],
         num_candidates: int,
     ) -> Kernel:
-        """Return the kernel for scores of new draws, with which a few examples have new vectors (eq. (11)).
+        """Return the kernel over bands for scores of new draws, with which a few examples have new vectors (eq. (11)).
 
         The new vectors of the candidates take the place of the old. All other examples count half as they did, scaled
         to the noise that is left, and half by the new draws of some of them, the references. `auto` stays what it was.
@@ -185,6 +189,19 @@ def fit_kernel(store: FeatureStore, kind: KernelKind = "bands") -> Kernel:
     return decompose(_pooled(sums), num_vectors, kind, auto_damping)
 
 
+def warn_of_large_kernel(num_bands: int, proj_dim: int, block_size: int) -> None:
+    """Say what a kernel over bands takes, if it is much."""
+    if (size := 8 * num_bands * proj_dim * block_size) > LARGE_KERNEL:
+        _log.warning(
+            "the kernel takes %.1f GB of disk, four times that of memory, and %d eigendecompositions of %s "
+            "dimensions; fewer bands (`num_bands`), fewer dimensions (`proj_dim`) or, with the Kronecker projection, "
+            "smaller blocks (`block_dim`) take less.",
+            size / 1e9,
+            num_bands * proj_dim // block_size,
+            f"{block_size:,}",
+        )
+
+
 def kernel_of(vectors: Float[Tensor, "examples bands replicates d"], block_size: int) -> Kernel:
     """Return the kernel of vectors that are at hand, without a damping of its own."""
     return decompose(_pooled(outer_sums(vectors.double(), block_size)), vectors.shape[0] * vectors.shape[2])
@@ -211,7 +228,7 @@ def choose_damping(
         second: of the other half.
         num_bands: of whose scores the mean is taken.
     """
-    by_draws = math.sqrt(_cross_validated(first, second) * _cross_validated(second, first)) / 2  # H has all draws
+    by_draws = math.sqrt(_cross_validated(first, second) * _cross_validated(second, first)) / 2
     return max(by_draws, _LEAST_DAMPING) * max(1.0, _ENOUGH_BANDS / num_bands) ** 2
 
 
@@ -280,7 +297,7 @@ def _pooled(sums: Float64[Tensor, "bands blocks size size"]) -> Float64[Tensor, 
 
 
 def _has_one_draw(store: FeatureStore) -> bool:
-    """Return whether an example has a single vector, which leaves nothing to compare."""
+    """Return whether an example has a single vector, of one draw or a few, which leaves nothing to compare."""
     return int(store.manifest["config"]["num_bands"]) * int(store.manifest["num_replicates"]) == 1
 
 
@@ -304,7 +321,11 @@ def load_kernel(path: Path) -> Kernel:
             about = json.loads(file.metadata()["kernel"])
         tensors = load_file(path)
         values, vectors = tensors["eigenvalues"], tensors["eigenvectors"]
-        if vectors.shape != (*values.shape, values.shape[-1]) or {values.dtype, vectors.dtype} != {torch.float64}:
+        if (
+            values.ndim != 3
+            or vectors.shape != (*values.shape, values.shape[-1])
+            or {values.dtype, vectors.dtype} != {torch.float64}
+        ):
             raise ValueError(f"eigenvectors of shape {list(vectors.shape)}, in {vectors.dtype}")
         if not (values.isfinite().all() and vectors.isfinite().all()):
             raise ValueError("it holds NaN or infinity")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -23,14 +22,11 @@ from carv_attrib.estimator import (
     build_estimator,
     measure_profile,
 )
+from carv_attrib.kernel import warn_of_large_kernel
 from carv_attrib.memory import call_budget, largest_that_fits, measure_call
 from carv_attrib.seeding import choose_positions, stream_key
 from carv_attrib.store import FeatureStore
 from carv_attrib.teacher import Teacher, placement
-
-LARGE_KERNEL = 2 * 10**9
-"""Bytes beyond which a warning says what the kernel takes."""
-_log = logging.getLogger(__name__)
 
 
 def open_or_create(
@@ -60,15 +56,7 @@ def open_or_create(
     micro_batch = choose_micro_batch(teacher, config)
     profile = run_pilot(teacher, examples, config, micro_batch) if needs_pilot(config) else None
     estimator = build_estimator(teacher, config, micro_batch, profile)
-    num_bands, projector = config.estimator.num_bands, estimator.projector
-    if (size := 8 * num_bands * projector.proj_dim * projector.block_dim) > LARGE_KERNEL:
-        _log.warning(
-            "the kernel will take %.1f GB of disk, four times that of memory, and %d eigendecompositions of %s "
-            "dimensions; smaller blocks (`block_dim`) and fewer bands (`num_bands`) take less.",
-            size / 1e9,
-            num_bands * projector.proj_dim // projector.block_dim,
-            f"{projector.block_dim:,}",
-        )
+    warn_of_large_kernel(config.estimator.num_bands, estimator.projector.proj_dim, estimator.projector.block_dim)
     manifest = {
         **identity,
         "teacher": {**identity["teacher"], "source": teacher.source, "condition": teacher.condition_kind},

@@ -171,7 +171,8 @@ def top_k_effect(
 ) -> Float[np.ndarray, " queries"]:
     """Return by how much the loss of each query would rise without its top k, by linear regression over subsets.
 
-    It is minus the slope of the loss in how many of the top k a model was trained on, times k.
+    It is minus the slope of the loss in how many of the top k a model was trained on, times k: 0 where all subsets hold
+    as many. With subsets of one size, others of the examples are in their place.
 
     >>> losses = np.array([[1.0], [2.0], [3.0]])
     >>> masks = np.array([[True, True, False], [True, False, True], [False, False, True]])
@@ -183,7 +184,9 @@ def top_k_effect(
     """
     counts = masks.astype(np.float64) @ _top(scores, top_k).T  # (subsets, queries)
     counts -= counts.mean(0)
-    effects: np.ndarray = -top_k * (counts * losses).sum(0) / (counts**2).sum(0)
+    variances = (counts**2).sum(0)
+    slopes = np.divide((counts * losses).sum(0), variances, out=np.zeros(len(variances)), where=variances > 0)
+    effects: np.ndarray = -top_k * slopes
     return effects
 
 

@@ -22,7 +22,7 @@ from carv_attrib.data import ExampleDataset, open_dataset
 from carv_attrib.errors import StoreError
 from carv_attrib.estimator import Estimator, average_bands, check_finite
 from carv_attrib.index import FeatureIndex, SearchSettings, read_index_choice, read_index_settings
-from carv_attrib.kernel import Damping, KernelKind, ScoreKind, fit_kernel
+from carv_attrib.kernel import Damping, KernelKind, ScoreKind, fit_kernel, warn_of_large_kernel
 from carv_attrib.latents import EncodedBatch, LatentCache, encoded_parts
 from carv_attrib.manifest import open_or_create, restore_estimator
 from carv_attrib.memory import less_memory
@@ -31,7 +31,7 @@ from carv_attrib.planning import PlanKind, check_plan, follow_plan, starting_con
 from carv_attrib.progress import progress
 from carv_attrib.recall import check_target, choose_search
 from carv_attrib.records import Record
-from carv_attrib.store import FeatureStore, Segment
+from carv_attrib.store import FORMAT_VERSION, FeatureStore, Segment
 from carv_attrib.teacher import Teacher, loaded_placement
 from carv_attrib.teachers import load_teacher
 from carv_attrib.threads import in_background
@@ -221,6 +221,9 @@ def build_index(
     check_choice("score", score, ScoreKind)
     if target_recall is not None:
         check_target(target_recall, store, queries)
+    if kernel == "bands" and store.manifest["format_version"] < FORMAT_VERSION:  # others were warned of when begun
+        num_dims = int(store.manifest["proj_dim"])
+        warn_of_large_kernel(store.manifest["config"]["num_bands"], num_dims, num_dims)
     fitted = fit_kernel(store, kernel)
     factory = factory or (search.factory if search else "auto" if target_recall else "Flat")
     try:

@@ -30,7 +30,7 @@ from carv_attrib.parts import PartFeatures, PartRows, features_checksum, open_fe
 from carv_attrib.records import Record, read_records, write_records
 
 FORMAT_VERSION = 5
-_MAX_OPENED = 1000  # parts whose scales and checksums are kept
+_MAX_OPENED = 1000  # parts whose checksums are kept
 _PART_NAME = re.compile(r"part-\d{6,}")
 ENSEMBLE_FILE = "ensemble.json"
 """Lists the folders of the stores of several teachers; it lies beside them."""
@@ -71,6 +71,7 @@ def _check_numbers(manifest: Mapping[str, Any]) -> None:
     config = manifest["config"]
     sizes = {name: config[name] for name in ("part_size", "num_bands")}
     sizes |= {name: manifest[name] for name in ("num_replicates", "proj_dim")}
+    sizes["block_dim"] = config.get("block_dim", 1)  # not in older formats
     for dataset in (manifest["dataset"], *manifest.get("appended", ())):
         sizes["num_examples"] = dataset["num_examples"]
         for name, size in sizes.items():

@@ -276,7 +276,7 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         raise click.ClickException("lds.json is of fewer retrained models; run all methods again, without --method.")
     for kind, found in old["queries"].items():
         rows = new["queries"][kind]["rows"]
-        if rows.get(DEFAULT) != found["rows"].get(DEFAULT):  # which others are compared with
+        if json.loads(json.dumps(rows.get(DEFAULT))) != found["rows"].get(DEFAULT):  # which others are compared with
             for row in found["rows"].values():
                 row["less_default"] = None
         found["rows"] |= rows

@@ -15,11 +15,12 @@ import torch
 from make_lds_ground_truth import load_digits, query_pixels
 
 from carv_attrib import featurize
+from carv_attrib.config import FeaturizeConfig
 from carv_attrib.data.sources import open_digits
 from carv_attrib.estimator import Encoded
 from carv_attrib.evaluation import GroundTruth
 from carv_attrib.files import atomic_file
-from carv_attrib.store import FeatureStore
+from carv_attrib.store import FORMAT_VERSION, FeatureStore
 from carv_attrib.teacher import Teacher
 
 WORK = Path("build/lds")
@@ -59,7 +60,8 @@ class Inputs:
 
     def folder(self, settings: dict[str, Any]) -> Path:
         """Return the folder of what these settings make with this teacher; it need not be there."""
-        key = json.dumps([settings, self.teacher.fingerprint], sort_keys=True)
+        defaults = FeaturizeConfig.from_flat({}).identity()
+        key = json.dumps([settings, defaults, FORMAT_VERSION, self.teacher.fingerprint], sort_keys=True)
         return WORK / self.task / hashlib.sha256(key.encode()).hexdigest()[:24]
 
 

@@ -238,6 +238,19 @@ def test_the_kernel_over_draws_of_an_older_version_is_made_again(store: FeatureS
         read_index_settings(store)
 
 
+def test_a_large_kernel_of_an_older_store_is_told(
+    store: FeatureStore, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("carv_attrib.kernel.LARGE_KERNEL", 8 * BANDS * DIM * DIM - 1)
+    build_index(store)
+    assert not caplog.messages
+    older = FeatureStore(store.path, {**store.manifest, "format_version": 4})
+    build_index(older, kernel="means")
+    assert not caplog.messages
+    build_index(older)
+    assert f"and {BANDS} eigendecompositions of {DIM} dimensions; fewer bands" in caplog.text
+
+
 def test_the_kernel_of_all_bands_of_an_older_version_is_made_again(store: FeatureStore) -> None:
     build_index(store)
     expected = read_sealed(store.path / "index.json")

@@ -134,6 +134,7 @@ def test_the_effect_of_a_top_k_is_its_true_sum_where_nothing_else_has_one_and_th
     saved = np.where(scores >= np.sort(scores, axis=1)[:, [-7]], [[0.5], [1.0], [-2.0]], 0.0)
     alone = 4.0 - masks @ saved.T
     np.testing.assert_allclose(top_k_effect(scores, masks, alone, 7), [3.5, 7.0, -14.0])
+    np.testing.assert_array_equal(top_k_effect(scores, masks[:1].repeat(4, 0), alone[:4], 7), [0.0, 0.0, 0.0])
     others = alone + generator.standard_normal((30, 3))
     counts = masks.astype(float) @ (saved != 0).T
     slopes = [np.polyfit(counts[:, query], others[:, query], 1)[0] for query in range(3)]

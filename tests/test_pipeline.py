@@ -404,11 +404,11 @@ def test_many_dimensions_are_told_before_anything_is_computed(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("carv_attrib.manifest.LARGE_KERNEL", 8 * 2 * 48 * 16 - 1)
+    monkeypatch.setattr("carv_attrib.kernel.LARGE_KERNEL", 8 * 2 * 48 * 16 - 1)
     told: list[str] = []
     monkeypatch.setattr("carv_attrib.pipeline.write_parts", lambda *_: told.append(caplog.text))
     featurize(dit_folder, digits_folder, tmp_path / "index", **SETTINGS)
-    assert "the kernel will take 0.0 GB of disk, four times that of memory, and 6 eigendecompositions of 16" in told[0]
+    assert "the kernel takes 0.0 GB of disk, four times that of memory, and 6 eigendecompositions of 16" in told[0]
 
 
 def test_a_text_conditional_teacher_needs_captions(tmp_path: Path, sd_folder: Path, digits_folder: Path) -> None:
