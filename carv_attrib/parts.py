@@ -178,7 +178,8 @@ class PartRows:
         self._path, self._ids = path, ids
         self._inode = path.stat().st_ino
         self._features, self._scale = (_rows(path, file, name) for name in ("features", "features_scale"))
-        has_checksums = "row_crc32" in file.keys()  # copied, since a tensor of safetensors keeps the file mapped
+        has_checksums = "row_crc32" in file.keys()
+        # a copy, since a tensor of safetensors keeps the file mapped
         self._row_crc32 = (
             file.get_tensor("row_crc32").clone().numpy() if has_checksums else np.full(len(ids), _NO_CHECKSUM)
         )

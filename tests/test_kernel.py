@@ -409,12 +409,13 @@ def test_automatic_damping_falls_with_the_number_of_draws(num_draws: int) -> Non
     assert chosen(4 * num_draws) < chosen(num_draws)
 
 
-def test_automatic_damping_is_positive_and_finite() -> None:
+def test_automatic_damping_is_positive_and_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     singular = torch.diag(torch.tensor([1.0, 0.0]).double())[None]
     assert choose_damping(singular, singular, num_bands=4) == pytest.approx(0.01)  # the least that there is
-    alike = torch.diag(torch.tensor([1.0, 1.0]).double())[None]
-    found = choose_damping(singular, alike, num_bands=4)
-    assert 0.01 < found < 10
+    monkeypatch.setattr("carv_attrib.kernel._LEAST_DAMPING", 0.0)
+    assert choose_damping(singular, singular, num_bands=4) == pytest.approx(1e-5 / 2)
+    found = choose_damping(torch.diag(torch.tensor([2.0, 1.0]).double())[None], 2 * singular, num_bands=4)
+    assert found == pytest.approx((1e-5 * 2) ** 0.5 / 2, rel=0.05)  # the first of the grid, and 2
 
 
 def test_layers_without_a_gradient_have_no_say_in_the_damping() -> None:
